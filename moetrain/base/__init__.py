@@ -1,0 +1,1 @@
+"""F0: errors, log lines, the clock. Imports nothing of moetrain."""

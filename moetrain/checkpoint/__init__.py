@@ -1,0 +1,1 @@
+"""F3: partial expert checkpoints: what is saved when, by whom, and how it comes back."""

@@ -1,0 +1,1 @@
+"""F4: bundles and Hugging Face folders, both ways."""

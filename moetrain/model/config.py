@@ -1,0 +1,122 @@
+"""The shape of a model as configuration: everything a bundle must carry to compute the same function. No torch."""
+
+from dataclasses import dataclass, field
+
+from moetrain.base.errors import ConfigError, one_of
+from moetrain.routing.config import RoutingConfig
+
+BLOCKS = ("dense", "moe", "shared", "scmoe")
+BLOCK_LAYERS = {"dense": 1, "moe": 1, "shared": 1, "scmoe": 2}
+QK_NORMS = ("none", "full", "head")
+ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
+SHARED_GATES = ("add", "cg1")
+
+
+@dataclass
+class AttentionConfig:
+    """Grouped-query attention."""
+
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 4  # key and value heads; divides num_heads
+    head_dim: int = 64  # per head; num_heads * head_dim need not equal hidden_size
+    qk_norm: str = "none"  # RMSNorm of queries and keys: none | full (over all heads together) | head (per head)
+    qkv_clip: float | None = None  # clamp queries, keys and values to [-x, x]; null = off
+    bias: bool = False  # biases on the four projections
+    sliding_window: int | None = None  # a token sees itself and the window - 1 tokens before it; null = all
+
+
+@dataclass
+class RopeConfig:
+    """Rotary position embedding, arXiv 2104.09864, half-split convention, over the whole head_dim."""
+
+    theta: float = 10000.0
+    scaling: str = "none"  # none | linear | llama3 | yarn
+    factor: float = 1.0  # how much longer than the original context
+    original_max_position: int = 0  # context before scaling (llama3, yarn)
+    low_frequency_factor: float = 1.0  # llama3
+    high_frequency_factor: float = 4.0  # llama3
+    beta_fast: float = 32.0  # yarn
+    beta_slow: float = 1.0  # yarn
+    attention_factor: float | None = None  # yarn: multiplies cos and sin; null = 0.1 ln(factor) + 1
+
+
+@dataclass
+class ShortcutConfig:
+    """ScMoE, arXiv 2404.05019: which tensor feeds gate and experts, and when the experts run."""
+
+    position: int = 2  # 1: output, 2: post-attention state, 3: input of the preceding block
+    slot: int = 0  # experts run before main-stream computation number `slot` (1..n+1); 0 = the default of the position
+
+
+@dataclass
+class ModelConfig:
+    """A decoder-only transformer. `pattern` is repeated until `num_layers` layers are filled."""
+
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    num_layers: int = 4  # attention layers
+    pattern: list[str] = field(default_factory=lambda: ["scmoe"])  # dense | moe | shared | scmoe (a pair: two layers)
+    ffn_size: int = 704  # SwiGLU width of dense blocks
+    expert_ffn_size: int = 704  # SwiGLU width of one routed expert
+    shared_ffn_size: int = 704  # SwiGLU width of the shared expert (blocks shared and scmoe)
+    shared_gate: str = "cg1"  # add | cg1: a sigmoid scalar per token on the shared expert (arXiv 2404.05019 section 3.2)
+    max_position: int = 256  # longest context trained
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True  # the output projection is the embedding
+    init_std: float = 0.02  # output projections: init_std / sqrt(2 num_layers)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+    shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
+
+    def blocks(self) -> list[str]:
+        """The block list: `pattern` repeated to num_layers layers; `scmoe` takes two. ConfigError if it does not fit."""
+        blocks: list[str] = []
+        layers = 0
+        while layers < self.num_layers:
+            block = self.pattern[len(blocks) % len(self.pattern)]
+            blocks.append(block)
+            layers += BLOCK_LAYERS[block]
+        if layers != self.num_layers:
+            rule = f"the pattern {self.pattern} cannot fill it exactly (scmoe takes two layers)"
+            raise ConfigError.of("model.num_layers", self.num_layers, rule, f"Use {layers} or {layers - 2}.")
+        return blocks
+
+    def banks(self) -> list[str]:
+        """Names of the expert banks, one per MoE block: `blocks.3.moe.experts`."""
+        return [f"blocks.{i}.moe.experts" for i, block in enumerate(self.blocks()) if block != "dense"]
+
+    def check(self, key: str = "model") -> None:
+        """Raises ConfigError at the first broken rule."""
+        if not self.pattern:
+            raise ConfigError.of(f"{key}.pattern", self.pattern, "it must name at least one block", f"Blocks: {', '.join(BLOCKS)}.")
+        for block in self.pattern:
+            one_of(f"{key}.pattern", block, BLOCKS)
+        positive = {name: getattr(self, name) for name in ("vocab_size", "hidden_size", "num_layers", "ffn_size", "expert_ffn_size",
+                                                           "shared_ffn_size", "max_position", "norm_eps", "init_std")}
+        positive |= {f"attention.{name}": getattr(self.attention, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
+        positive |= {"rope.theta": self.rope.theta, "rope.factor": self.rope.factor}
+        for name, value in positive.items():
+            if value <= 0:
+                raise ConfigError.of(f"{key}.{name}", value, "it must be positive")
+        self.blocks()
+        attention, rope = self.attention, self.rope
+        if attention.num_heads % attention.num_kv_heads:
+            raise ConfigError.of(f"{key}.attention.num_kv_heads", attention.num_kv_heads, f"it must divide num_heads={attention.num_heads}")
+        if attention.head_dim % 2:
+            raise ConfigError.of(f"{key}.attention.head_dim", attention.head_dim, "rotary embedding needs an even head_dim")
+        one_of(f"{key}.attention.qk_norm", attention.qk_norm, QK_NORMS)
+        one_of(f"{key}.shared_gate", self.shared_gate, SHARED_GATES)
+        one_of(f"{key}.rope.scaling", rope.scaling, ROPE_SCALINGS)
+        if attention.sliding_window is not None and attention.sliding_window < 1:
+            raise ConfigError.of(f"{key}.attention.sliding_window", attention.sliding_window, "it must be at least 1, or null")
+        if rope.scaling in ("llama3", "yarn") and rope.original_max_position < 1:
+            rule = f"rope.scaling={rope.scaling} needs the context length before scaling"
+            raise ConfigError.of(f"{key}.rope.original_max_position", rope.original_max_position, rule)
+        if self.shortcut.position not in (1, 2, 3):
+            raise ConfigError.of(f"{key}.shortcut.position", self.shortcut.position, "it must be 1, 2 or 3 (arXiv 2404.05019 section 3.1)")
+        slots = self.shortcut.position + 2
+        if not 0 <= self.shortcut.slot <= slots:
+            rule = f"at position {self.shortcut.position} the experts have slots 1 to {slots}, or 0 for the default"
+            raise ConfigError.of(f"{key}.shortcut.slot", self.shortcut.slot, rule)
+        self.routing.check(f"{key}.routing")

@@ -1,0 +1,86 @@
+"""Moving rows to their experts and back: the seam between a layer and the ranks.
+
+A dispatcher owns no weights and is no Module; several tickets may be open at once. N tokens, P pairs, R received rows,
+e experts of this rank, L levels, D hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moetrain.routing.types import Routing
+
+
+class Ticket(Protocol):
+    """One exchange under way. Its buffers belong to the dispatcher until `receive` or `combine` returns them."""
+
+
+class Counts(Protocol):
+    """Rows per source and expert, perhaps still on the way."""
+
+
+class Dispatcher(Protocol):
+    """The five steps of an expert layer's communication, forward and (through autograd) backward."""
+
+    def announce(self, routing: Routing) -> Counts:
+        """Starts the exchange of counts."""
+        ...
+
+    def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
+        """Starts moving rows to their experts; waits for counts only. x_ND must not change until `receive`."""
+        ...
+
+    def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
+        """Waits. rows_RD sorted by local expert slot and, within it, by source rank and token; count_e (int64, on the host)."""
+        ...
+
+    def send_back(self, rows_RD: Tensor, ticket: Ticket) -> Ticket:
+        """Starts moving expert outputs back; returns at once."""
+        ...
+
+    def combine(self, ticket: Ticket) -> Tensor:
+        """Waits. y_ND: for every token the weighted sum of its experts' outputs; zero for a token that lost all its pairs."""
+        ...
+
+
+@dataclass
+class LocalTicket:
+    routing: Routing
+    num_tokens: int
+    order_P: Tensor  # pairs sorted by expert
+    rows_RD: Tensor
+
+
+class LocalDispatcher:
+    """All experts on this rank: a permutation and its inverse. The one-process twin of every other dispatcher."""
+
+    def announce(self, routing: Routing) -> Tensor:
+        return routing.count_EL[:, 0].cpu()
+
+    def send(self, x_ND: Tensor, routing: Routing, counts: Tensor) -> LocalTicket:
+        order_P = torch.argsort(routing.expert_P, stable=True)
+        return LocalTicket(routing, x_ND.shape[0], order_P, x_ND[routing.token_P[order_P]])
+
+    def receive(self, ticket: LocalTicket) -> tuple[Tensor, Tensor]:
+        return ticket.rows_RD, ticket.routing.count_EL[:, 0].cpu()
+
+    def send_back(self, rows_RD: Tensor, ticket: LocalTicket) -> LocalTicket:
+        ticket.rows_RD = rows_RD
+        return ticket
+
+    def combine(self, ticket: LocalTicket) -> Tensor:
+        return combine_pairs(ticket.rows_RD, ticket.routing, ticket.order_P, ticket.num_tokens)
+
+
+def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens: int) -> Tensor:
+    """Weighted sum per token of rows that stand in `order_P` (row i belongs to pair order_P[i]).
+
+    Summed pair by pair in token order, so the result does not depend on where experts live.
+    """
+    back_P = torch.empty_like(order_P)
+    back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
+    weighted_PD = rows_PD[back_P] * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
+    y_ND = rows_PD.new_zeros(num_tokens, rows_PD.shape[1])
+    return y_ND.index_add(0, routing.token_P, weighted_PD)

@@ -1,0 +1,1 @@
+"""F2: AdamW with a step per expert, schedules, clipping."""

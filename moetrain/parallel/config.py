@@ -1,0 +1,25 @@
+"""How a run is spread over ranks and stepped, as configuration. No torch."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class ParallelConfig:
+    """Axes. `ep` borrows ranks from data parallelism: world = dp = edp * ep. 0 means auto."""
+
+    ep: int = 0  # expert-parallel ranks; divides the world; auto = the largest divisor of the world <= num_experts
+    dense: str = "replicate"  # dense parameters: replicate | fsdp (FSDP2 over all ranks; experts over their edp ranks)
+    placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
+    timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation
+
+
+@dataclass
+class EngineConfig:
+    """How one step is computed."""
+
+    name: str = "torch"  # torch
+    dtype: str = "float32"  # of parameters and optimizer: float32 | float64
+    autocast: str = "auto"  # matmuls in bfloat16: auto (where the hardware has it) | bfloat16 | off
+    experts: str = "auto"  # grouped matmul: auto (measured order, see docs/model.md) | loop | bmm | grouped_mm
+    recompute: bool = False  # activation checkpointing of attention, MLP and experts; routing and exchanges are saved
+    compile: bool = False  # torch.compile of attention and MLP

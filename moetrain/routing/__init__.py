@@ -1,0 +1,1 @@
+"""F1: pure decisions: which token goes to which expert, what is dropped, where an expert lives."""

@@ -1,0 +1,1 @@
+"""F1: what a run shows: metrics, sinks, expert load, plots."""

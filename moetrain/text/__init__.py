@@ -1,0 +1,1 @@
+"""F1: tokenizers and chat templates. No torch."""

@@ -1,0 +1,1 @@
+"""F4: the loop and its hooks."""
