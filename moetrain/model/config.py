@@ -1,8 +1,10 @@
 """The shape of a model as configuration: everything a bundle must carry to compute the same function. No torch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import TypeVar, get_type_hints
 
-from moetrain.base.errors import ConfigError, one_of
+from moetrain.base.errors import ConfigError, closest, one_of
 from moetrain.routing.config import RoutingConfig
 
 BLOCKS = ("dense", "moe", "shared", "scmoe")
@@ -10,6 +12,7 @@ BLOCK_LAYERS = {"dense": 1, "moe": 1, "shared": 1, "scmoe": 2}
 QK_NORMS = ("none", "full", "head")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
 SHARED_GATES = ("add", "cg1")
+Config = TypeVar("Config")
 
 
 @dataclass
@@ -69,6 +72,13 @@ class ModelConfig:
     routing: RoutingConfig = field(default_factory=RoutingConfig)
     shortcut: ShortcutConfig = field(default_factory=ShortcutConfig)
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, object], key: str = "model") -> "ModelConfig":
+        """The inverse of `dataclasses.asdict`; absent keys take their defaults. ConfigError for an unknown key, a wrong type, a broken rule."""
+        config = _filled(cls, values, key)
+        config.check(key)
+        return config
+
     def blocks(self) -> list[str]:
         """The block list: `pattern` repeated to num_layers layers; `scmoe` takes two. ConfigError if it does not fit."""
         blocks: list[str] = []
@@ -120,3 +130,29 @@ class ModelConfig:
             rule = f"at position {self.shortcut.position} the experts have slots 1 to {slots}, or 0 for the default"
             raise ConfigError.of(f"{key}.shortcut.slot", self.shortcut.slot, rule)
         self.routing.check(f"{key}.routing")
+
+
+def _filled(cls: type[Config], values: Mapping[str, object], key: str) -> Config:
+    """An instance of the dataclass `cls` (and of those it holds) from plain data."""
+    hints = get_type_hints(cls)
+    for name in values:
+        if name not in hints:
+            raise ConfigError.of(f"{key}.{name}", values[name], "there is no such key", closest(name, hints))
+    return cls(**{name: _value(hints[name], value, f"{key}.{name}") for name, value in values.items()})
+
+
+def _value(hint: type, value: object, key: str) -> object:
+    if is_dataclass(hint):
+        if not isinstance(value, Mapping):
+            raise ConfigError.of(key, value, "it must be a group of keys")
+        return _filled(hint, value, key)
+    if hint == list[str]:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise ConfigError.of(key, value, "it must be a list of words")
+        return list(value)
+    if type(value) is int and hint in (float, float | None):
+        return float(value)
+    # bool is an int to isinstance: True is no number of layers.
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ConfigError.of(key, value, f"its type must be {hint.__name__ if isinstance(hint, type) else hint}")
+    return value

@@ -12,12 +12,21 @@ from torch import Tensor
 
 
 class GateScores(NamedTuple):
-    """`select_NE` chooses, `value_NE` is what a policy weighs and losses read, `combine_NE` multiplies expert outputs."""
+    """What a gate says of every token and expert."""
 
-    select_NE: Tensor
-    value_NE: Tensor
-    combine_NE: Tensor
+    select_NE: Tensor  # chooses: the highest k
+    value_NE: Tensor  # sums to one over E: what a policy weighs and the balance loss reads
+    combine_NE: Tensor  # multiplies expert outputs
     logits_NE: Tensor  # before the score function, for the z-loss
+
+
+class RoutingStats(NamedTuple):
+    """Sums over this micro-batch's valid tokens, of one layer. Divide by the number of valid tokens of the global batch."""
+
+    auxiliary: Tensor  # scalar, differentiable: sum over valid tokens of the balance loss of their scope
+    z: Tensor  # scalar, differentiable: sum over valid tokens of logsumexp(logits)^2
+    load_E: Tensor  # int64: selected pairs of valid tokens per expert, before drops
+    num_dropped: Tensor  # int64 scalar: pairs dropped by capacity, all tokens
 
 
 class Routing(NamedTuple):
@@ -31,17 +40,7 @@ class Routing(NamedTuple):
     level_P: Tensor | None  # int64; None: every pair has level 0
     weight_P: Tensor  # differentiable combine weight
     count_EL: Tensor  # int64 [E, L], kept pairs per expert and level
-    stats: "RoutingStats"
-
-
-@dataclass
-class RoutingStats:
-    """Sums over this micro-batch's valid tokens, of one layer. Divide by the number of valid tokens of the global batch."""
-
-    auxiliary: Tensor  # scalar, differentiable: sum over valid tokens of the balance loss of their scope
-    z: Tensor  # scalar, differentiable: sum over valid tokens of logsumexp(logits)^2
-    load_E: Tensor  # int64: selected pairs of valid tokens per expert, before drops
-    num_dropped: Tensor  # int64 scalar: pairs dropped by capacity, all tokens
+    stats: RoutingStats
 
 
 Exchange = Callable[[Tensor], Tensor]
@@ -57,10 +56,8 @@ def alone(x: Tensor) -> Tensor:
 class RoutingContext:
     """What a policy may know beside the scores. `shape_BS` gives the sequences the N = B*S flat tokens came from."""
 
-    layer: int
     shape_BS: tuple[int, int]
     valid_N: Tensor | None = None  # bool; None: all valid. Invalid tokens are routed but not counted
-    bias_E: Tensor | None = None  # added to the selection scores only (arXiv 2408.15664)
     exchange: Exchange = alone
     carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches (scope global_batch)
 

@@ -1,0 +1,32 @@
+"""What travels beside the hidden state through one forward. B sequences, S tokens, T cached keys, G key/value heads, d head_dim, N = B*S."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from moetrain.routing.types import Exchange, alone
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of earlier tokens."""
+
+    def extend(self, layer: int, key_BGSd: Tensor, value_BGSd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Appends this call's keys and values of attention layer `layer`.
+
+        Returns all keys [B, G, T, d], all values, and the absolute position of every key [B, T] (-1: an empty slot).
+        """
+        ...
+
+
+@dataclass
+class ForwardContext:
+    """All optional; the default is plain causal attention over whole sequences."""
+
+    position_BS: Tensor | None = None  # int64 absolute positions; None: 0..S-1
+    document_BS: Tensor | None = None  # int64; tokens attend within their document only
+    valid_BS: Tensor | None = None  # bool; invalid tokens are computed but not counted in balance
+    cache: KeyValueCache | None = None
+    exchange: Exchange = alone  # sums expert loads over the ranks that share the batch (scope global_batch)
+    carried_load: dict[str, Tensor] = field(default_factory=dict)  # by bank: global loads of this step's earlier micro-batches
+    recompute: bool = False  # activation checkpointing of attention, MLP and experts; routing is always saved

@@ -1,0 +1,85 @@
+"""Expert banks: the weights of one layer's experts on this rank, and the grouped matmul over them.
+
+R rows sorted by expert slot, e experts of this rank, D hidden, F FFN.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from moetrain.model.mlp import gated
+
+METHODS = ("auto", "loop", "bmm", "grouped_mm")
+
+
+class ExpertBank(Protocol):
+    """Resident weights, or slots filled from a slower tier."""
+
+    def prefetch(self, experts: tuple[int, ...]) -> None:
+        """A hint that these global experts are needed soon; returns at once."""
+        ...
+
+    def __call__(self, rows_RD: Tensor, count_e: Tensor) -> Tensor:
+        """Expert outputs [R, D]; count_e (int64, host) says how many consecutive rows each slot takes."""
+        ...
+
+
+class Experts(nn.Module):
+    """Resident SwiGLU experts, the expert as leading axis. `experts[slot]` is the global number."""
+
+    def __init__(self, bank: str, experts: tuple[int, ...], hidden_size: int, ffn_size: int, method: str = "auto") -> None:
+        super().__init__()
+        self.bank, self.experts, self.method = bank, experts, method
+        self.gate_up_proj = nn.Parameter(torch.empty(len(experts), 2 * ffn_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(len(experts), hidden_size, ffn_size))
+
+    def prefetch(self, experts: tuple[int, ...]) -> None:
+        """Resident weights are always there."""
+
+    def forward(self, rows_RD: Tensor, count_e: Tensor) -> Tensor:
+        return grouped_swiglu(rows_RD, count_e, self.gate_up_proj, self.down_proj, self.method)
+
+
+def grouped_swiglu(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, method: str = "auto") -> Tensor:
+    """SwiGLU of every row by its slot's weights. The three methods agree within rounding (tests state the tolerance).
+
+    auto: `grouped_mm` on CUDA in bfloat16, else `loop`, the fastest on CPUs (benchmarks/experts_cpu.json).
+    """
+    if method == "auto":
+        low = rows_RD.dtype == torch.bfloat16 or torch.is_autocast_enabled(rows_RD.device.type)
+        method = "grouped_mm" if rows_RD.is_cuda and low else "loop"
+    if method == "loop":
+        return _loop(rows_RD, count_e, gate_up_eGD, down_eDF)
+    if method == "bmm":
+        return _padded_bmm(rows_RD, count_e, gate_up_eGD, down_eDF)
+    return _grouped_mm(rows_RD, count_e, gate_up_eGD, down_eDF)
+
+
+def _loop(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
+    """One matmul pair per expert. `unbind` instead of indexing: its backward writes each weight gradient once."""
+    parts = rows_RD.split(count_e.tolist())
+    weights = zip(parts, gate_up_eGD.unbind(0), down_eDF.unbind(0), strict=True)
+    return torch.cat([linear(gated(linear(rows, gate_up)), down) for rows, gate_up, down in weights])
+
+
+def _padded_bmm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
+    """Rows padded to the fullest expert: two batched matmuls."""
+    slot_R = torch.repeat_interleave(torch.arange(count_e.numel()), count_e).to(rows_RD.device)
+    start_e = (count_e.cumsum(0) - count_e).to(rows_RD.device)
+    place_R = torch.arange(rows_RD.shape[0], device=rows_RD.device) - start_e[slot_R]
+    height = max(int(count_e.max()), 1) if count_e.numel() else 1
+    padded = rows_RD.new_zeros(count_e.numel(), height, rows_RD.shape[1]).index_put((slot_R, place_R), rows_RD)
+    hidden = gated(torch.bmm(padded, gate_up_eGD.transpose(1, 2).to(padded.dtype)))
+    return torch.bmm(hidden, down_eDF.transpose(1, 2).to(hidden.dtype))[slot_R, place_R]
+
+
+def _grouped_mm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
+    """torch's grouped matmul; float32 rows under autocast are cast to its dtype."""
+    if torch.is_autocast_enabled(rows_RD.device.type):
+        dtype = torch.get_autocast_dtype(rows_RD.device.type)
+        rows_RD, gate_up_eGD, down_eDF = rows_RD.to(dtype), gate_up_eGD.to(dtype), down_eDF.to(dtype)
+    end_e = count_e.cumsum(0).to(device=rows_RD.device, dtype=torch.int32)
+    hidden = gated(torch.nn.functional.grouped_mm(rows_RD, gate_up_eGD.transpose(1, 2), offs=end_e))
+    return torch.nn.functional.grouped_mm(hidden, down_eDF.transpose(1, 2), offs=end_e)

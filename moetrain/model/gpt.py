@@ -1,0 +1,80 @@
+"""The decoder-only GPT. B sequences, S tokens, D hidden, V vocabulary.
+
+It knows no rank: which experts are here and how rows reach the others is handed in.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moetrain.model.attention import AttentionInputs
+from moetrain.model.blocks import DenseBlock, MoEBlock, SharedBlock
+from moetrain.model.config import ModelConfig
+from moetrain.model.context import ForwardContext
+from moetrain.model.dispatch import Dispatcher, LocalDispatcher
+from moetrain.model.moe import MoE
+from moetrain.model.norm import RMSNorm
+from moetrain.model.scmoe import ScMoEBlock
+from moetrain.routing.types import RoutingStats
+
+SHARED_NORM = {"moe": "none", "shared": "same_norm", "scmoe": "own_norm"}
+
+
+class GPTOutput(NamedTuple):
+    logits_BSV: Tensor
+    stats: list[RoutingStats]  # one per expert bank, in the order of ModelConfig.banks()
+
+
+class BankSite(NamedTuple):
+    """Where one expert bank's weights are: the experts of this rank in slot order, and the way to the others."""
+
+    experts: tuple[int, ...]
+    dispatcher: Dispatcher
+
+
+class GPT(nn.Module):
+    """Parameters are named and shaped as docs/design.md says; values come from `model.init` or a bundle, not from construction."""
+
+    def __init__(self, config: ModelConfig, site: Callable[[str], BankSite] | None = None, experts_method: str = "auto") -> None:
+        """site: bank name -> BankSite; None: every expert is here (one process)."""
+        super().__init__()
+        self.config = config
+        everything = BankSite(tuple(range(config.routing.num_experts)), LocalDispatcher())
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList()
+        layer = 0
+        for index, block in enumerate(config.blocks()):
+            bank = f"blocks.{index}.moe.experts"
+            here = everything if site is None or block == "dense" else site(bank)
+            self.blocks.append(_block(block, config, layer, bank, here, experts_method))
+            layer += 2 if block == "scmoe" else 1
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, tokens_BS: Tensor, context: ForwardContext | None = None) -> GPTOutput:
+        context = context or ForwardContext()
+        inputs = AttentionInputs.of(self.config, context, (tokens_BS.shape[0], tokens_BS.shape[1]), tokens_BS.device)
+        h_BSD, stats = self.embedding(tokens_BS), list[RoutingStats]()
+        for block in self.blocks:
+            h_BSD, of_block = block(h_BSD, inputs, context)
+            stats += of_block
+        h_BSD = self.final_norm(h_BSD)
+        head = self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
+        return GPTOutput(nn.functional.linear(h_BSD, head), stats)
+
+
+def _block(block: str, config: ModelConfig, layer: int, bank: str, site: BankSite, method: str) -> nn.Module:
+    if block == "dense":
+        return DenseBlock(config, layer)
+    moe = MoE(config, bank, site.experts, site.dispatcher, SHARED_NORM[block], method)
+    kinds = {"moe": MoEBlock, "shared": SharedBlock, "scmoe": ScMoEBlock}
+    return kinds[block](config, layer, moe)
+
+
+def meta_model(config: ModelConfig, site: Callable[[str], BankSite] | None = None, experts_method: str = "auto") -> GPT:
+    """The model without memory: shapes only, to be sharded and then filled."""
+    with torch.device("meta"):
+        return GPT(config, site, experts_method)
