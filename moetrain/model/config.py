@@ -74,7 +74,7 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, object], key: str = "model") -> "ModelConfig":
-        """The inverse of `dataclasses.asdict`; absent keys take their defaults. ConfigError for an unknown key, a wrong type, a broken rule."""
+        """The inverse of `dataclasses.asdict`; absent keys take their defaults. ConfigError: unknown key, wrong type, broken rule."""
         config = _filled(cls, values, key)
         config.check(key)
         return config
