@@ -1,0 +1,132 @@
+"""The processes of a run: who am I, on which device, and the few small things all ranks do together.
+
+One process needs no process group and calls no collective; gloo on CPUs; nccl for device tensors (beside gloo for host tensors) on GPUs.
+"""
+
+import json
+import os
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moetrain.base.errors import TrainingError
+from moetrain.dist.watch import Watch, Watchdog
+
+T = TypeVar("T")
+_NCCL_GRACE_SECONDS = 30.0  # nccl's own watchdog speaks after ours, which names the operation
+
+
+class World:
+    """A context manager: leaving it tears the process group down. Make one with `join`, `from_file` or `single`."""
+
+    def __init__(self, rank: int, size: int, local_rank: int, device: torch.device, backend: str, timeout_seconds: float) -> None:
+        self.rank = rank
+        self.size = size
+        self.local_rank = local_rank
+        self.device = device
+        self.backend = backend  # single | gloo | nccl
+        self.watch = Watch(rank, timeout_seconds)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def timeout(self) -> timedelta:
+        """Limit given to torch's process groups."""
+        grace = _NCCL_GRACE_SECONDS if self.backend == "nccl" else 0.0
+        return timedelta(seconds=self.watch.timeout_seconds + grace)
+
+    @classmethod
+    def single(cls, device: torch.device | None = None) -> "World":
+        """One process, no group."""
+        device = device or (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+        return cls(0, 1, 0, device, "single", float("inf"))
+
+    @classmethod
+    def join(cls, timeout_seconds: float = 120.0) -> "World":
+        """The world that torchrun's environment describes, or one process without it; GPUs when the machine has them.
+
+        Raises TrainingError when the other ranks do not come in time or this machine has fewer GPUs than local ranks.
+        """
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls.single()
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_rank >= torch.cuda.device_count():
+                sentence = f"Local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}."
+                raise TrainingError(sentence, "Use a smaller --nproc-per-node, or CUDA_VISIBLE_DEVICES= to train on CPUs.")
+            device = torch.device("cuda", local_rank)
+        return cls._start(rank, size, local_rank, device, timeout_seconds, None)
+
+    @classmethod
+    def from_file(cls, path: Path, rank: int, size: int, timeout_seconds: float = 120.0) -> "World":
+        """A gloo world on CPUs that meets in a file: no ports, no environment. `path` must be new for every world."""
+        if size == 1:
+            return cls.single(torch.device("cpu"))
+        return cls._start(rank, size, rank, torch.device("cpu"), timeout_seconds, dist.FileStore(str(path), size))
+
+    @classmethod
+    def _start(
+        cls, rank: int, size: int, local_rank: int, device: torch.device, timeout_seconds: float, store: dist.Store | None
+    ) -> "World":
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        world = cls(rank, size, local_rank, device, backend, timeout_seconds)
+        if backend == "nccl":
+            torch.cuda.set_device(device)
+            world.watch.watchdog = Watchdog(rank, timeout_seconds)
+            world.watch.watchdog.start()
+        with world.watch.operation("joining the process group"):
+            kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
+            if store is None:
+                dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout)
+            else:
+                dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
+        return world
+
+    def __enter__(self) -> "World":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leaves the process group; holds no collective, so a failing rank does not wait for the others."""
+        if self.watch.watchdog is not None:
+            self.watch.watchdog.stop()
+            self.watch.watchdog = None
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks") -> Tensor:
+        """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor."""
+        if self.size > 1:
+            with self.watch.operation(name):
+                work = dist.all_reduce(tensor, group=group, async_op=True)
+                assert work is not None
+                self.watch.track(name, work)
+                work.wait()
+        return tensor
+
+    def barrier(self, name: str) -> None:
+        """Waits on the host until every rank has come to the barrier of this name."""
+        self.sum_(torch.zeros(1), name=f"barrier {name}")
+
+    def agree(self, value: T, name: str = "agreeing on a value of rank 0") -> T:
+        """Rank 0's value on every rank, through JSON: tuples come back as lists. Other ranks' argument is ignored."""
+        text = json.dumps(value).encode() if self.is_main else b""
+        length = self.sum_(torch.tensor([len(text)]), name=name)
+        buffer = torch.zeros(int(length), dtype=torch.uint8)
+        if self.is_main:
+            buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        if self.size > 1:
+            with self.watch.operation(name):
+                dist.broadcast(buffer, src=0)
+        return json.loads(bytes(buffer.tolist()))
