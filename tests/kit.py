@@ -6,7 +6,7 @@ import pickle
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -39,7 +39,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: An
     return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
 
 
-def _join(ranks: list[BaseProcess], folder: Path, deadline: float, timeout: float) -> None:
+def _join(ranks: Sequence[BaseProcess], folder: Path, deadline: float, timeout: float) -> None:
     waiting = {process.sentinel: process for process in ranks}
     while waiting:
         ended = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
@@ -52,7 +52,7 @@ def _join(ranks: list[BaseProcess], folder: Path, deadline: float, timeout: floa
                 raise AssertionError(_report(process, ranks, folder))
 
 
-def _report(process: BaseProcess, ranks: list[BaseProcess], folder: Path) -> str:
+def _report(process: BaseProcess, ranks: Sequence[BaseProcess], folder: Path) -> str:
     lines = [f"{process.name} ended with exit code {process.exitcode}"]
     for rank, _ in enumerate(ranks):
         path = folder / f"traceback-{rank}"

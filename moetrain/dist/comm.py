@@ -1,8 +1,8 @@
 """The one all-to-all: started at one line, waited for at another, and in the backward pass the other way round.
 
-Each differentiable exchange is two autograd nodes. Wait's backward *starts* the reverse exchange and returns; Start's backward *waits* for it.
-Autograd runs later-made nodes first, so what stood between start and wait in the forward stands between them in the backward too
-(arXiv 2404.05019 gives no backward schedule; this one needs no hooks). Rows travel along dim 0; S rows sent, R received.
+Each differentiable exchange is two autograd nodes. Wait's backward *starts* the reverse exchange and returns; Start's backward *waits* for
+it. Autograd runs later-made nodes first, so what stood between start and wait in the forward stands between them in the backward too
+(arXiv 2404.05019 gives no backward schedule; this one needs no hooks). Rows travel along dim 0; S rows are sent, R received.
 """
 
 from dataclasses import dataclass

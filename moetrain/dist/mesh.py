@@ -1,4 +1,4 @@
-"""The axes of a run: every rank is a data-parallel rank (dp); `ep` contiguous ranks share one set of experts; `edp` ranks hold copies of it.
+"""The axes of a run: all ranks are data-parallel (dp); `ep` contiguous ranks share one set of experts; `edp` ranks hold copies of it.
 
 world = dp = edp * ep; rank = edp_index * ep + ep_index.
 """
@@ -71,4 +71,5 @@ def _axis(name: str, parts: list[tuple[int, ...]], world: World) -> Axis:
         with world.watch.operation(f"making the {name} groups"):
             groups = [dist.new_group(list(part), timeout=world.timeout) for part in parts]
         group = groups[parts.index(mine)]
+        assert isinstance(group, dist.ProcessGroup)
     return Axis(name, mine, mine.index(world.rank), group, world)

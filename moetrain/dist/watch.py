@@ -1,7 +1,7 @@
 """Names the operation under way, so that a rank that waits too long for the others says for what.
 
-gloo raises on time-out and the error is retold here. NCCL blocks the device instead: a Watchdog thread looks at the operations under way and
-ends the process with the same sentence.
+gloo raises on time-out and the error is retold here. NCCL blocks the device instead: a Watchdog thread looks at the operations under way
+and ends the process with the same sentence.
 """
 
 import os
@@ -77,7 +77,9 @@ def end_process(sentence: str) -> None:
 class Watchdog:
     """Looks at operations that are open or still on a device, and calls `on_overdue(sentence)` for the first that is too old."""
 
-    def __init__(self, rank: int, timeout_seconds: float, on_overdue: Callable[[str], None] = end_process, clock: Clock | None = None) -> None:
+    def __init__(
+        self, rank: int, timeout_seconds: float, on_overdue: Callable[[str], None] = end_process, clock: Clock | None = None
+    ) -> None:
         self._rank = rank
         self._timeout_seconds = timeout_seconds
         self._on_overdue = on_overdue

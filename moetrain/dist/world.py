@@ -71,12 +71,10 @@ class World:
         """A gloo world on CPUs that meets in a file: no ports, no environment. `path` must be new for every world."""
         if size == 1:
             return cls.single(torch.device("cpu"))
-        return cls._start(rank, size, rank, torch.device("cpu"), timeout_seconds, dist.FileStore(str(path), size))
+        return cls._start(rank, size, rank, torch.device("cpu"), timeout_seconds, path)
 
     @classmethod
-    def _start(
-        cls, rank: int, size: int, local_rank: int, device: torch.device, timeout_seconds: float, store: dist.Store | None
-    ) -> "World":
+    def _start(cls, rank: int, size: int, local_rank: int, device: torch.device, timeout_seconds: float, file: Path | None) -> "World":
         backend = "nccl" if device.type == "cuda" else "gloo"
         world = cls(rank, size, local_rank, device, backend, timeout_seconds)
         if backend == "nccl":
@@ -85,10 +83,8 @@ class World:
             world.watch.watchdog.start()
         with world.watch.operation("joining the process group"):
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-            if store is None:
-                dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout)
-            else:
-                dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
+            store = None if file is None else dist.FileStore(str(file), size)  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
         return world
 
     def __enter__(self) -> "World":
