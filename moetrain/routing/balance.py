@@ -39,8 +39,8 @@ def balance_sum(load_BE: Tensor, value_BE: Tensor) -> Tensor:
     load_BE: selections per scope and expert (f is its share of the scope); value_BE: gate probabilities summed over the
     scope's tokens of this rank. Equals the number of tokens when balanced; a scope without tokens counts nothing.
     """
-    share_BE = load_BE / load_BE.sum(1, keepdim=True).clamp(min=1)
-    return load_BE.shape[1] * (share_BE.to(value_BE.dtype) * value_BE).sum()
+    share_BE = load_BE.to(value_BE.dtype) / load_BE.sum(1, keepdim=True).clamp(min=1)
+    return load_BE.shape[1] * (share_BE * value_BE).sum()
 
 
 def updated_bias(bias_E: Tensor, load_E: Tensor, rate: float) -> Tensor:

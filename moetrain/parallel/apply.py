@@ -1,0 +1,41 @@
+"""Sharding a model made on the meta device: FSDP2 for dense parameters over dp and for experts over edp, or replication."""
+
+from collections.abc import Iterator
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from moetrain.dist.mesh import Mesh
+from moetrain.model.attention import Attention
+from moetrain.model.experts import Experts
+from moetrain.model.gpt import GPT
+from moetrain.model.mlp import SwiGLU
+
+
+def apply_fsdp(model: GPT, mesh: Mesh) -> None:
+    """Shards in place. Expert banks are sharded over edp (whole experts; some ranks may hold none), or left alone when edp is 1.
+
+    Gradients are summed, never averaged: the loss is already divided by the global number of tokens.
+    """
+    banks = [module for module in model.modules() if isinstance(module, Experts)]
+    if mesh.edp.size > 1:
+        for bank in banks:
+            fully_shard(bank, mesh=mesh.edp.device_mesh)
+    expert_parameters = {parameter for bank in banks for parameter in bank.parameters()}
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh.dp.device_mesh, ignored_params=expert_parameters)
+    fully_shard(model, mesh=mesh.dp.device_mesh, ignored_params=expert_parameters)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def apply_compile(model: GPT) -> None:
+    """torch.compile of every attention and feed-forward; routing, exchanges and the residual stream stay eager."""
+    for module in model.modules():
+        if isinstance(module, Attention | SwiGLU):
+            module.compile()

@@ -1,0 +1,32 @@
+"""Whether matmuls run in bfloat16: where the hardware has units for it, decided by a probe, the same on all ranks."""
+
+import time
+
+import torch
+
+from moetrain.dist.world import World
+from moetrain.parallel.config import EngineConfig
+
+
+def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:
+    """torch.bfloat16, or None for no autocast. float64 models are never cast."""
+    if config.autocast == "off" or config.dtype == "float64":
+        return None
+    if config.autocast == "bfloat16":
+        return torch.bfloat16
+    return torch.bfloat16 if world.agree(faster_in_bfloat16(world.device)) else None
+
+
+def faster_in_bfloat16(device: torch.device) -> bool:
+    """CUDA: compute capability 8 and up. CPU: a small matmul is timed in both types, since CPUs without bfloat16 units
+    emulate it a hundred times slower."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(256, 256, dtype=dtype)
+        x @ x
+        start = time.perf_counter()
+        x @ x
+        seconds[dtype] = time.perf_counter() - start
+    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]

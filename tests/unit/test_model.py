@@ -1,0 +1,220 @@
+"""The model in one process: against dense oracles, and invariances that must hold for every block."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import silu
+
+from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
+from moetrain.model.context import ForwardContext
+from moetrain.model.dispatch import LocalDispatcher
+from moetrain.model.experts import Experts, grouped_swiglu
+from moetrain.model.gpt import GPT, GPTOutput
+from moetrain.model.init import initial
+from moetrain.model.shapes import parameter_shapes
+from moetrain.routing.config import RoutingConfig
+from moetrain.routing.scores import gate_scores
+from moetrain.routing.select import TopK
+from moetrain.routing.types import RoutingContext
+
+BLOCKS = ["dense", "moe", "shared", "scmoe"]
+
+
+def tiny(block: str = "scmoe", **changes: object) -> ModelConfig:
+    config = ModelConfig(
+        vocab_size=61, hidden_size=16, num_layers=4, pattern=[block], ffn_size=24, expert_ffn_size=20, shared_ffn_size=12, max_position=32,
+        init_std=0.2, attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6), routing=RoutingConfig(num_experts=4, top_k=2),
+    )  # fmt: skip
+    for name, value in changes.items():
+        setattr(config, name, value)
+    config.check()
+    return config
+
+
+def build(config: ModelConfig, seed: int = 3, method: str = "auto") -> GPT:
+    """A float64 model with its initial values."""
+    model = GPT(config, experts_method=method).double()
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if ".experts." in name:
+                for expert in range(tensor.shape[0]):
+                    tensor[expert] = initial(name, expert, tuple(tensor.shape[1:]), config, seed)
+            else:
+                tensor.copy_(initial(name, None, tuple(tensor.shape), config, seed))
+    return model
+
+
+def tokens(batch: int = 3, length: int = 10) -> Tensor:
+    return torch.randint(0, 61, (batch, length), generator=torch.Generator().manual_seed(5))
+
+
+def gradients(model: GPT, output: GPTOutput) -> dict[str, Tensor]:
+    weight = torch.linspace(-1, 1, output.logits_BSV.numel(), dtype=torch.float64).view_as(output.logits_BSV)
+    loss = (output.logits_BSV * weight).sum() + sum(stats.auxiliary for stats in output.stats)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_parameters_are_named_and_shaped_as_the_design_says(block: str) -> None:
+    config = tiny(block, tie_embeddings=False)
+    assert {name: tuple(p.shape) for name, p in GPT(config).named_parameters()} == parameter_shapes(config)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_sparse_experts_equal_the_dense_loop_over_all_experts(top_k: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(9, 8, dtype=torch.float64, generator=generator)
+    bank = Experts("bank", (0, 1, 2, 3), 8, 6).double()
+    with torch.no_grad():
+        for parameter in bank.parameters():
+            parameter.copy_(torch.randn(parameter.shape, dtype=torch.float64, generator=generator))
+    logits = torch.randn(9, 4, dtype=torch.float64, generator=generator)
+    config = RoutingConfig(num_experts=4, top_k=top_k)
+    routing = TopK(config).plan(gate_scores(logits, config), RoutingContext((1, 9)))
+    dispatcher = LocalDispatcher()
+    ticket = dispatcher.send(x, routing, dispatcher.announce(routing))
+    got = dispatcher.combine(dispatcher.send_back(bank(*dispatcher.receive(ticket)), ticket))
+    expected = torch.zeros_like(x)
+    for token in range(9):
+        for expert in torch.topk(logits[token], top_k).indices.tolist():
+            gate, up = (bank.gate_up_proj[expert] @ x[token]).chunk(2)
+            expected[token] += torch.softmax(logits[token], 0)[expert] * (bank.down_proj[expert] @ (silu(gate) * up))
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["bmm", "grouped_mm"])
+@pytest.mark.parametrize("counts", [[3, 0, 5, 2], [0, 0, 0, 0], [10, 0, 0, 0]])
+def test_grouped_matmul_methods_agree_with_the_loop(method: str, counts: list[int]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    rows, gate_up, down = (torch.randn(shape, generator=generator) for shape in ((sum(counts), 8), (4, 24, 8), (4, 8, 12)))
+    inputs = [t.requires_grad_() for t in (rows, gate_up, down)]
+    results = []
+    for each in ("loop", method):
+        out = grouped_swiglu(rows, torch.tensor(counts), gate_up, down, each)
+        results.append((out, *torch.autograd.grad(out.square().sum(), inputs)))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("position", [1, 2, 3])
+def test_every_expert_slot_computes_the_same_bits(position: int) -> None:
+    results = []
+    for slot in range(1, position + 3):
+        model = build(tiny(shortcut=ShortcutConfig(position=position, slot=slot)))
+        output = model(tokens())
+        results.append((output.logits_BSV, gradients(model, output)))
+    for logits, grads in results[1:]:
+        assert torch.equal(logits, results[0][0])
+        assert all(torch.equal(grads[name], results[0][1][name]) for name in grads)
+
+
+def test_shortcut_positions_are_different_functions() -> None:
+    outputs = [build(tiny(shortcut=ShortcutConfig(position=p)))(tokens()).logits_BSV for p in (1, 2, 3)]
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
+
+
+def test_shortcut_at_position_2_equals_the_equations_of_the_paper() -> None:
+    """arXiv 2404.05019 section 3.1: gate and experts read the preceding block's post-attention state."""
+    config = tiny(num_layers=2)
+    model = build(config)
+    block = model.blocks[0]
+    from moetrain.model.attention import AttentionInputs
+
+    ids = tokens()
+    inputs = AttentionInputs.of(config, ForwardContext(), (3, 10), ids.device)
+    h = model.embedding(ids)
+    post_attention = h + block.dense.attention(h, inputs)
+    h = post_attention + block.dense.mlp(post_attention)
+    h = h + block.attention(h, inputs)
+    x = block.moe.norm(post_attention).flatten(0, 1)
+    probability = torch.softmax(x @ block.moe.router.weight.T, 1)
+    routed = torch.zeros_like(x)
+    for token in range(len(x)):
+        for expert in torch.topk(probability[token], 2).indices.tolist():
+            gate, up = (block.moe.experts.gate_up_proj[expert] @ x[token]).chunk(2)
+            routed[token] += probability[token, expert] * (block.moe.experts.down_proj[expert] @ (silu(gate) * up))
+    shared = torch.sigmoid(block.moe.shared_gate(block.moe.shared.norm(h))) * block.moe.shared(h)
+    expected = model.final_norm(h + shared + routed.view_as(h)) @ model.embedding.weight.T
+    torch.testing.assert_close(model(ids).logits_BSV, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_recomputation_changes_neither_gradients_nor_counts(block: str) -> None:
+    model = build(tiny(block))
+    plain, again = (model(tokens(), ForwardContext(recompute=flag)) for flag in (False, True))
+    for mine, theirs in zip(plain.stats, again.stats, strict=True):
+        assert torch.equal(mine.load_E, theirs.load_E)
+    first, second = gradients(model, plain), gradients(model, again)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_recomputation_routes_and_sends_only_once() -> None:
+    calls: list[str] = []
+
+    class Counting(LocalDispatcher):
+        def send(self, *inputs):  # noqa: ANN002, ANN202
+            calls.append("send")
+            return super().send(*inputs)
+
+        def send_back(self, *inputs):  # noqa: ANN002, ANN202
+            calls.append("send_back")
+            return super().send_back(*inputs)
+
+    model = build(tiny("scmoe"))
+    for block in model.blocks:
+        block.moe.dispatcher = Counting()
+    gradients(model, model(tokens(), ForwardContext(recompute=True)))
+    assert calls == ["send", "send_back"] * 2
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_no_token_sees_the_future(block: str) -> None:
+    model = build(tiny(block))
+    ids = tokens()
+    changed = ids.clone()
+    changed[:, 7:] = (changed[:, 7:] + 1) % 61
+    torch.testing.assert_close(model(ids).logits_BSV[:, :7], model(changed).logits_BSV[:, :7], rtol=1e-12, atol=1e-12)
+
+
+def test_document_boundaries_equal_separate_documents() -> None:
+    model = build(tiny())
+    ids = tokens(1, 10)
+    context = ForwardContext(
+        position_BS=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), document_BS=torch.tensor([[0] * 4 + [1] * 6])
+    )
+    together = model(ids, context).logits_BSV
+    apart = torch.cat([model(ids[:, :4]).logits_BSV, model(ids[:, 4:]).logits_BSV], 1)
+    torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-10)
+
+
+def test_sliding_window_forgets_what_left_it() -> None:
+    config = tiny("dense", num_layers=1)
+    config.attention.sliding_window = 3
+    model = build(config)
+    ids = tokens(1, 10)
+    changed = ids.clone()
+    changed[0, 4] = (changed[0, 4] + 1) % 61
+    same = model(ids).logits_BSV - model(changed).logits_BSV
+    assert bool((same[0, 7:].abs() < 1e-12).all()) and bool((same[0, 4:7].abs().amax(1) > 1e-6).all())
+
+
+def test_initial_values_depend_on_seed_name_and_expert_only() -> None:
+    config = tiny()
+    one = initial("blocks.0.moe.experts.down_proj", 1, (16, 20), config, 1)
+    assert torch.equal(one, initial("blocks.0.moe.experts.down_proj", 1, (16, 20), config, 1))
+    for other in (("blocks.1.moe.experts.down_proj", 1, 1), ("blocks.0.moe.experts.down_proj", 2, 1), ("blocks.0.moe.experts.down_proj", 1, 2)):
+        assert not torch.equal(one, initial(other[0], other[1], (16, 20), config, other[2]))
+    wide = initial("blocks.0.moe.experts.gate_up_proj", 1, (400, 160), config, 1)
+    assert abs(float(wide.std()) - config.init_std) < 0.01
+    narrow = initial("blocks.0.moe.experts.down_proj", 1, (160, 400), config, 1)
+    assert abs(float(narrow.std()) - config.init_std / 8**0.5) < 0.005
+
+
+@pytest.mark.slow
+def test_compiled_sublayers_compute_the_same() -> None:
+    from moetrain.parallel.apply import apply_compile
+
+    plain, compiled = build(tiny("scmoe")), build(tiny("scmoe"))
+    apply_compile(compiled)
+    torch.testing.assert_close(plain(tokens()).logits_BSV, compiled(tokens()).logits_BSV, rtol=1e-10, atol=1e-10)
