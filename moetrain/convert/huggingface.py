@@ -14,7 +14,7 @@ from moetrain.convert.names import COMPUTED, Part, packed, parts, published
 from moetrain.convert.tokens import write_tokenizer
 from moetrain.model.config import ModelConfig
 from moetrain.model.shapes import Shape, parameter_shapes
-from moetrain.store.bundle import Contents, Tokenizer, read_json, token_ids
+from moetrain.store.bundle import Contents, TokenizerFacts, read_json, token_ids
 from moetrain.store.folder import new_folder
 from moetrain.store.shards import SHARD_BYTES, Shards, TensorInfo, write_shards
 
@@ -121,13 +121,13 @@ def cut(whole: Tensor, part: Part) -> Tensor:
     return piece if part.rows is None else piece[slice(*part.rows)]
 
 
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, object]:
+def _special_tokens(tokenizer: TokenizerFacts) -> dict[str, object]:
     """null is written too: the classes have defaults of their own, which would name other tokens."""
     eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos or None
     return {"bos_token_id": tokenizer.bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad}
 
 
-def _read_tokenizer(folder: Path, values: Mapping[str, object], family: Family, where: str) -> Tokenizer:
+def _read_tokenizer(folder: Path, values: Mapping[str, object], family: Family, where: str) -> TokenizerFacts:
     """Token ids of generation_config.json stand above those of config.json, as in transformers."""
     path = folder / "generation_config.json"
     generation = read_json(path, "Remove it or copy it again.") if path.is_file() else {}
@@ -136,7 +136,7 @@ def _read_tokenizer(folder: Path, values: Mapping[str, object], family: Family, 
         value = generation.get(key)
         ids[key] = token_ids(values.get(key, family.defaults[key]) if value is None else value, f"{where}: {key}")
     bos, pad = (next(iter(ids[key]), None) for key in ("bos_token_id", "pad_token_id"))
-    return Tokenizer.of_folder(folder, ids["eos_token_id"], bos, pad)
+    return TokenizerFacts.of_folder(folder, ids["eos_token_id"], bos, pad)
 
 
 def _dtype(name: str) -> torch.dtype:

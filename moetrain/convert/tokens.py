@@ -7,11 +7,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from moetrain.base.log import logger
 from moetrain.model.config import ModelConfig
-from moetrain.store import bundle
-from moetrain.store.bundle import copy_files
+from moetrain.store.bundle import TokenizerFacts, copy_files
 
 
-def write_tokenizer(folder: Path, tokenizer: bundle.Tokenizer, config: ModelConfig) -> None:
+def write_tokenizer(folder: Path, tokenizer: TokenizerFacts, config: ModelConfig) -> None:
     """Copies the tokenizer's files; a byte tokenizer is written as a tokenizer.json that encodes the same ids.
 
     A tokenizer_config.json is made if the bundle carries none, so that AutoTokenizer finds class and special tokens.

@@ -1,7 +1,6 @@
 """The names and shapes of a model's parameters, from its configuration alone (the table of docs/design.md). No torch."""
 
 from collections.abc import Mapping
-from math import prod
 
 from moetrain.base.errors import BundleError
 from moetrain.model.config import ModelConfig
@@ -40,20 +39,6 @@ def check_tensors(config: ModelConfig, shapes: Mapping[str, Shape], where: str) 
 def is_expert(name: str) -> bool:
     """Whether the parameter has the leading expert axis."""
     return name.endswith(EXPERT_LEAVES)
-
-
-def num_parameters(config: ModelConfig) -> tuple[int, int]:
-    """(total, active): all parameters, and those one token uses: embeddings, dense parts and top_k experts of each layer.
-
-    The balance bias is a buffer and not counted.
-    """
-    total = active = 0
-    for name, shape in parameter_shapes(config).items():
-        if name.endswith("balance_bias"):
-            continue
-        total += prod(shape)
-        active += prod(shape[1:]) * config.routing.top_k if is_expert(name) else prod(shape)
-    return total, active
 
 
 def _block(config: ModelConfig, block: str) -> dict[str, Shape]:

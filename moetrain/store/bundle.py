@@ -23,7 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 @dataclass
-class Tokenizer:
+class TokenizerFacts:
     """Which tokenizer a model speaks. Its files are copied into the bundle under their own names (TOKENIZER_FILES)."""
 
     type: str = "none"  # file: tokenizer.json | byte: one token per byte | none: the source had none
@@ -33,7 +33,7 @@ class Tokenizer:
     files: dict[str, Path] = field(default_factory=dict)  # by name in the bundle
 
     @classmethod
-    def of_folder(cls, folder: Path, eos: list[int], bos: int | None, pad: int | None) -> "Tokenizer":
+    def of_folder(cls, folder: Path, eos: list[int], bos: int | None, pad: int | None) -> "TokenizerFacts":
         """The tokenizer whose files stand in `folder`; type none if tokenizer.json is not there."""
         files = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()}
         return cls("file" if "tokenizer.json" in files else "none", eos, bos, pad, files)
@@ -45,7 +45,7 @@ class Contents:
 
     config: dict[str, object]  # ModelConfig as plain data (`dataclasses.asdict`)
     training: dict[str, object]  # facts: run, step, tokens, data, evaluation, git, ...; may be empty
-    tokenizer: Tokenizer
+    tokenizer: TokenizerFacts
     table: Table  # shape and dtype of every tensor by name (docs/design.md)
     load: Callable[[str], "Tensor"]  # a CPU tensor by name
 
@@ -57,7 +57,7 @@ class Bundle:
     folder: Path
     config: dict[str, object]  # ModelConfig as plain data: ModelConfig.from_dict(bundle.config)
     training: dict[str, object]  # see Contents
-    tokenizer_facts: Tokenizer
+    tokenizer_facts: TokenizerFacts
     tensors: Shards  # by name (docs/design.md), lazily through a memory map
 
     @property
@@ -139,12 +139,12 @@ def token_ids(value: object, where: str) -> list[int]:
     return ids
 
 
-def _read_tokenizer(folder: Path, values: Mapping[str, object]) -> Tokenizer:
+def _read_tokenizer(folder: Path, values: Mapping[str, object]) -> TokenizerFacts:
     kind = values.get("type")
     if kind not in ("file", "byte", "none"):
         raise BundleError(f"{folder / 'config.json'} names the tokenizer type {kind!r}; file, byte and none are known.", "Export it again.")
     bos, pad = (next(iter(token_ids(values.get(key), f"tokenizer.{key}")), None) for key in ("bos", "pad"))
-    tokenizer = Tokenizer.of_folder(folder, token_ids(values.get("eos"), "tokenizer.eos"), bos, pad)
+    tokenizer = TokenizerFacts.of_folder(folder, token_ids(values.get("eos"), "tokenizer.eos"), bos, pad)
     if kind == "file" and tokenizer.type != "file":
         raise BundleError(f"{folder / 'tokenizer.json'} is missing.", "Copy the whole folder again from its source.")
     tokenizer.type = kind
