@@ -74,6 +74,7 @@ def backward_order(mesh: Mesh) -> list[str]:
     return seen
 
 
+@pytest.mark.dist
 def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
     results = run_ranks(agree_and_sum, 4, tmp_path)
     for rank, result in enumerate(results):
@@ -114,6 +115,7 @@ def one_rank_ends(world: World) -> str:
     return "no error"
 
 
+@pytest.mark.dist
 def test_waiting_too_long_names_rank_operation_and_seconds(tmp_path: Path) -> None:
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
@@ -122,6 +124,7 @@ def test_waiting_too_long_names_rank_operation_and_seconds(tmp_path: Path) -> No
     assert "parallel.timeout_seconds=3" in sentence
 
 
+@pytest.mark.dist
 def test_a_lost_rank_is_named_as_such(tmp_path: Path) -> None:
     sentence = run_ranks(one_rank_ends, 2, tmp_path, limit=5.0)[0]
     assert re.match(r"Rank 0 lost the connection to another rank after \d+\.\d s in: barrier evaluation\.", sentence)
@@ -133,6 +136,7 @@ def fails_on_rank_1(world: World) -> None:
     world.barrier("never")
 
 
+@pytest.mark.dist
 def test_kit_shows_the_traceback_of_the_failing_rank(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the reason"):
         run_ranks(fails_on_rank_1, 2, tmp_path)

@@ -1,0 +1,143 @@
+"""Expert parallelism: rows travel to the ranks that hold their experts, and back, by two all-to-alls each way.
+
+N tokens, P pairs of this rank, R received rows, E experts, e experts of this rank, D hidden size. Wire order is `Placement.order`: rank by
+rank, slot by slot; within an expert by token. The result does not depend on the placement.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from moetrain.dist.comm import CountExchange, Exchange
+from moetrain.dist.mesh import Axis
+from moetrain.model.dispatch import Counts, Ticket, combine_pairs
+from moetrain.routing.placement import Placement
+from moetrain.routing.types import Routing
+
+
+@dataclass
+class AnnouncedCounts:
+    """Counts on their way: mine in wire order, and the exchange that brings the others'."""
+
+    sent_E: Tensor
+    exchange: CountExchange
+
+
+@dataclass
+class AllToAllTicket:
+    """One layer's exchange under way. `order_P`: pairs in wire order; `slot_R`: received rows in slot order."""
+
+    routing: Routing
+    num_tokens: int
+    order_P: Tensor
+    send_sizes: list[int]
+    receive_sizes: list[int]
+    count_e: Tensor
+    slot_R: Tensor
+    under_way: Exchange
+    received_RD: Tensor | None = field(default=None)
+
+
+class AllToAllDispatcher:
+    """A `model.dispatch.Dispatcher` over the ep axis. Every rank of the axis makes the same calls in the same order, rows or none.
+
+    Several tickets may be open; each is received, sent back and combined once.
+    """
+
+    def __init__(self, axis: Axis, placement: Placement) -> None:
+        assert placement.num_ranks == axis.size, f"a placement over {placement.num_ranks} ranks on an axis of {axis.size}"
+        device = axis.world.device
+        self._axis = axis
+        self._sizes = list(placement.sizes)
+        self._num_local = placement.sizes[axis.index]
+        self._order_E = torch.tensor(placement.order, device=device)
+        self._wire_E = _inverse(self._order_E)  # position of every expert in wire order
+        self._slots = torch.arange(self._num_local, device=device).repeat(axis.size)
+
+    def announce(self, routing: Routing) -> AnnouncedCounts:
+        """Starts the exchange of counts; returns at once."""
+        sent_E = routing.count_EL.sum(1)[self._order_E]
+        return AnnouncedCounts(sent_E, CountExchange("expert counts", sent_E, self._sizes, [self._num_local] * self._axis.size, self._axis))
+
+    def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> AllToAllTicket:
+        """Waits for counts, starts the rows and returns. x_ND must not change until `receive`."""
+        assert isinstance(counts, AnnouncedCounts)
+        order_P = torch.argsort(self._wire_E[routing.expert_P], stable=True)
+        received = counts.exchange.wait()
+        on_host = torch.cat([counts.sent_E, received]).cpu()  # the one wait for the device
+        send_sizes = [int(part.sum()) for part in on_host[: self._wire_E.numel()].split(self._sizes)]
+        count_re = on_host[self._wire_E.numel() :].view(self._axis.size, self._num_local)
+        receive_sizes = count_re.sum(1).tolist()
+        slot_R = torch.argsort(self._slots.repeat_interleave(received, output_size=sum(receive_sizes)), stable=True)
+        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P)
+        exchange = Exchange("rows to experts", rows_PD, send_sizes, receive_sizes, self._axis)
+        return AllToAllTicket(routing, x_ND.shape[0], order_P, send_sizes, receive_sizes, count_re.sum(0), slot_R, exchange)
+
+    def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
+        """rows_RD by slot, then source rank, then token; count_e int64 on the host."""
+        assert isinstance(ticket, AllToAllTicket)
+        ticket.received_RD = ticket.under_way.wait()
+        return _Permute.apply(ticket.received_RD, ticket.slot_R, _inverse(ticket.slot_R)), ticket.count_e
+
+    def send_back(self, rows_RD: Tensor, ticket: Ticket) -> AllToAllTicket:
+        """Starts the way back and returns. rows_RD must not change until `combine`."""
+        assert isinstance(ticket, AllToAllTicket)
+        back_RD = _Permute.apply(_tied(rows_RD, ticket.received_RD), _inverse(ticket.slot_R), ticket.slot_R)
+        ticket.received_RD = None
+        ticket.under_way = Exchange("rows from experts", back_RD, ticket.receive_sizes, ticket.send_sizes, self._axis)
+        return ticket
+
+    def combine(self, ticket: Ticket) -> Tensor:
+        """Waits. y_ND, the weighted sum per token."""
+        assert isinstance(ticket, AllToAllTicket)
+        return combine_pairs(ticket.under_way.wait(), ticket.routing, ticket.order_P, ticket.num_tokens)
+
+
+def _tied(rows_RD: Tensor, received_RD: Tensor | None) -> Tensor:
+    """Makes the backward exchanges run on every rank alike, whatever the experts did with no rows or with frozen weights."""
+    if not torch.is_grad_enabled():
+        return rows_RD
+    assert received_RD is not None, "send_back comes after receive"
+    if rows_RD.shape[0] == 0 and received_RD.requires_grad:
+        return rows_RD + received_RD.sum()
+    return rows_RD if rows_RD.requires_grad else rows_RD.detach().requires_grad_()
+
+
+def _inverse(order: Tensor) -> Tensor:
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(order.numel(), device=order.device)
+    return inverse
+
+
+class _Spread(torch.autograd.Function):
+    """x_ND[token_P[order_P]]. Its gradient is summed in the order of pairs, not of the wire: the same for every placement."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor) -> Tensor:
+        ctx.save_for_backward(token_P, order_P)
+        ctx.num_tokens = x_ND.shape[0]  # type: ignore[attr-defined]
+        return x_ND.index_select(0, token_P[order_P])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+        token_P, order_P = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_ND = grad_PD.new_zeros(ctx.num_tokens, grad_PD.shape[1])  # type: ignore[attr-defined]
+        return grad_ND.index_add_(0, token_P, grad_PD.index_select(0, _inverse(order_P))), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """rows[order]; a gather both ways (autograd's own backward of indexing scatters, several times slower on CPUs)."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, inverse), None, None
