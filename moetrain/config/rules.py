@@ -1,0 +1,140 @@
+"""Every rule that a configuration must keep, within a room and across rooms. The first broken one is raised as ConfigError."""
+
+from pathlib import PurePath
+
+from moetrain.base.errors import ConfigError, one_of
+from moetrain.config.schema import TrainConfig
+from moetrain.parallel.plan import Batch, axes, split_batch
+
+CHOICES = {
+    "parallel.dense": ("replicate", "fsdp"),
+    "engine.name": ("torch",),
+    "engine.dtype": ("float32", "float64"),
+    "engine.autocast": ("auto", "bfloat16", "off"),
+    "engine.experts": ("auto", "loop", "bmm", "grouped_mm"),
+    "optim.schedule": ("cosine", "wsd", "constant"),
+    "telemetry.console": ("auto", "live", "lines", "off"),
+    "telemetry.wandb": ("off", "online", "offline"),
+}
+AT_LEAST = {
+    1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps"),
+    0: ("run.seed", "run.stop_after", "train.micro_batch_size", "train.accumulation", "train.evaluate_every", "train.evaluate_batches",
+        "train.sample_every", "train.sample_tokens", "data.seed", "optim.weight_decay", "optim.grad_clip", "optim.beta1", "optim.beta2",
+        "optim.warmup_fraction", "optim.decay_fraction", "optim.min_lr_ratio", "telemetry.experts_every", "profile.start_step", "debug.world"),
+}  # fmt: skip
+POSITIVE = ("optim.lr", "optim.eps", "parallel.timeout_seconds")
+BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.warmup_fraction")
+AT_MOST_ONE = ("optim.decay_fraction", "optim.min_lr_ratio")
+
+
+def check(config: TrainConfig, world: int) -> None:
+    """Raises ConfigError or PlanError at the first broken rule. With debug.plan neither text nor an even batch is asked for."""
+    _check_ranges(config)
+    _check_run(config)
+    config.model.check()
+    _check_data(config)
+    _check_optim(config)
+    _check_parallel(config)
+    _check_checkpoint(config)
+    axes(config.model, config.parallel, world)
+    if not config.debug.plan:
+        _check_corpora(config)
+        batch_of(config, world)
+
+
+def batch_of(config: TrainConfig, world: int) -> Batch:
+    """Micro-batch size and accumulation at this world; ConfigError when the global batch cannot be kept."""
+    train = config.train
+    return split_batch(train.global_batch_tokens, config.data.seq_len, train.micro_batch_size, train.accumulation, world)
+
+
+def value_at(config: TrainConfig, key: str) -> object:
+    """The value under a dotted key."""
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def _number(config: TrainConfig, key: str) -> float:
+    value = value_at(config, key)
+    assert isinstance(value, int | float), key
+    return value
+
+
+def _check_ranges(config: TrainConfig) -> None:
+    for key, choices in CHOICES.items():
+        one_of(key, str(value_at(config, key)), choices)
+    for least, keys in AT_LEAST.items():
+        for key in keys:
+            if not _number(config, key) >= least:
+                raise ConfigError.of(key, value_at(config, key), f"it must be at least {least}")
+    for key in POSITIVE:
+        if not _number(config, key) > 0:
+            raise ConfigError.of(key, value_at(config, key), "it must be positive")
+    for key in BELOW_ONE:
+        if not _number(config, key) < 1:
+            raise ConfigError.of(key, value_at(config, key), "it must be less than 1")
+    for key in AT_MOST_ONE:
+        if not _number(config, key) <= 1:
+            raise ConfigError.of(key, value_at(config, key), "it must be at most 1")
+
+
+def _check_run(config: TrainConfig) -> None:
+    name = config.run.name
+    if PurePath(name).name != name or name in ("", ".", ".."):
+        raise ConfigError.of("run.name", name, "it must be the name of one folder", "Folders above it belong into run.folder.")
+    if not config.run.folder:
+        raise ConfigError.of("run.folder", config.run.folder, "runs need a folder", "Use run.folder=runs.")
+    if config.train.sample_every and not config.train.sample_prompts:
+        rule = f"train.sample_every={config.train.sample_every} needs a prompt"
+        raise ConfigError.of("train.sample_prompts", config.train.sample_prompts, rule, "Give one, or use train.sample_every=0.")
+
+
+def _check_data(config: TrainConfig) -> None:
+    data, model = config.data, config.model
+    if data.seq_len > model.max_position:
+        rule = f"the model has positions for model.max_position={model.max_position} tokens only"
+        raise ConfigError.of("data.seq_len", data.seq_len, rule, f"Use data.seq_len={model.max_position} or a larger model.max_position.")
+    if data.source and data.tokenizer == "train" and data.vocab_size > model.vocab_size:
+        rule = f"the model has only model.vocab_size={model.vocab_size} embeddings"
+        raise ConfigError.of("data.vocab_size", data.vocab_size, rule, "Use the same number for both.")
+    for index, corpus in enumerate(data.corpora):
+        if not corpus.weight > 0:
+            rule = "a share of the blend must be positive"
+            raise ConfigError.of(f"data.corpora[{index}].weight", corpus.weight, rule, "Leave the corpus out instead.")
+    if data.source and len(data.corpora) != 1:
+        rule = f"it is prepared into the one folder of data.corpora, which lists {len(data.corpora)}"
+        raise ConfigError.of("data.source", data.source, rule, "Prepare each corpus with: moetrain data prepare")
+
+
+def _check_corpora(config: TrainConfig) -> None:
+    corpora = config.data.corpora
+    if not corpora or not all(corpus.path for corpus in corpora):
+        hint = "Prepare text with: moetrain data prepare FILES --out DIR, and add: data=custom 'data.corpora=[{path: DIR}]'"
+        raise ConfigError.of("data.corpora", [corpus.path for corpus in corpora], "training needs the folder of a prepared corpus", hint)
+
+
+def _check_optim(config: TrainConfig) -> None:
+    optim = config.optim
+    if optim.schedule == "wsd" and optim.warmup_fraction + optim.decay_fraction > 1:
+        rule = f"with optim.warmup_fraction={optim.warmup_fraction:g} the two are more than the whole run"
+        raise ConfigError.of("optim.decay_fraction", optim.decay_fraction, rule, f"Use at most {1 - optim.warmup_fraction:g}.")
+
+
+def _check_parallel(config: TrainConfig) -> None:
+    engine = config.engine
+    if engine.dtype == "float64" and engine.autocast == "bfloat16":
+        rule = "a float64 model is never computed in bfloat16"
+        raise ConfigError.of("engine.autocast", engine.autocast, rule, "Use engine.autocast=off or engine.dtype=float32.")
+
+
+def _check_checkpoint(config: TrainConfig) -> None:
+    checkpoint, num_experts = config.checkpoint, config.model.routing.num_experts
+    checkpoint.check()
+    if not checkpoint.resume:
+        raise ConfigError.of("checkpoint.resume", checkpoint.resume, "it must be auto, must, never or a path")
+    if checkpoint.mode == "experts" and config.model.banks() and checkpoint.experts_per_save > num_experts:
+        rule = f"a layer has model.routing.num_experts={num_experts}"
+        hint = f"Use at most {num_experts}, or checkpoint.mode=full."
+        raise ConfigError.of("checkpoint.experts_per_save", checkpoint.experts_per_save, rule, hint)
