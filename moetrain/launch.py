@@ -1,4 +1,4 @@
-"""The process that torchrun starts: command line to TrainConfig, then the plan or the training. Nothing heavy is imported before it is needed."""
+"""The process that torchrun starts: command line to TrainConfig, then the plan or the training. torch is imported to train only."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ import hydra
 from omegaconf import DictConfig
 
 from moetrain.base.errors import BundleError, ConfigError, MissingExtraError, MoetrainError, PlanError
-from moetrain.config import EXPLAINED, TrainConfig, as_config_error, check, conf_folder, plan, register, to_config
+from moetrain.config import EXPLAINED, TrainConfig, as_config_error, check, conf_folder, print_plan, register, to_config
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
@@ -52,7 +52,9 @@ def start(config: TrainConfig) -> int:
     """Prints the plan without a process group, or trains. Raises ConfigError for a broken rule."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if config.debug.plan:
-        return print_plan(config, config.debug.world or world)
+        if rank() == 0:
+            print_plan(config, config.debug.world or world)
+        return 0
     check(config, world)
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -66,18 +68,6 @@ def start(config: TrainConfig) -> int:
 
     # Inside Hydra's reach @record would never see an exception; here torchrun's summary names the first rank that failed, and why.
     return record(train_or_report)() or 0
-
-
-def print_plan(config: TrainConfig, world: int) -> int:
-    """One table per run, from rank 0."""
-    check(config, world)
-    if rank() == 0:
-        from rich.console import Console
-
-        from moetrain.parallel.plan_table import render
-
-        Console().print(render(plan(config, world), config.run.name))
-    return 0
 
 
 def report(error: MoetrainError) -> int:

@@ -1,8 +1,8 @@
-"""F5: the configuration of a run as one tree, its composition from conf/, every rule across keys, and mistakes in one sentence. No torch."""
+"""F5: the configuration of a run as one tree, composed from conf/, checked across keys; mistakes in one sentence. No torch."""
 
 from moetrain.config.changes import describe_horizon, diff, identity, require_same
 from moetrain.config.compose import compose, register, to_config
-from moetrain.config.dry_run import plan
+from moetrain.config.dry_run import plan, print_plan
 from moetrain.config.folder import conf_folder, options
 from moetrain.config.mistakes import EXPLAINED, as_config_error, explain
 from moetrain.config.rules import batch_of, check
@@ -23,6 +23,7 @@ __all__ = [
     "identity",
     "options",
     "plan",
+    "print_plan",
     "register",
     "require_same",
     "to_config",

@@ -2,11 +2,14 @@
 
 from math import ceil
 
+from rich.console import Console
+
 from moetrain.base.errors import ConfigError
 from moetrain.checkpoint.modes import ALWAYS_WRITTEN
-from moetrain.config.rules import batch_of
+from moetrain.config.rules import batch_of, check
 from moetrain.config.schema import TrainConfig
 from moetrain.parallel.plan import Batch, Plan, Saving, axes, make_plan
+from moetrain.parallel.plan_table import render
 
 
 def plan(config: TrainConfig, world: int) -> Plan:
@@ -19,6 +22,12 @@ def plan(config: TrainConfig, world: int) -> Plan:
     saving = Saving(ALWAYS_WRITTEN[checkpoint.mode], checkpoint.experts_per_save, checkpoint.full_every, checkpoint.keep)
     layout = axes(config.model, config.parallel, world)
     return make_plan(config.model, config.parallel, config.engine, layout, batch, saving, config.train.tokens, notes)
+
+
+def print_plan(config: TrainConfig, world: int) -> None:
+    """Checks and prints to standard output. Raises ConfigError or PlanError."""
+    check(config, world)
+    Console().print(render(plan(config, world), config.run.name))
 
 
 def rounded_batch(config: TrainConfig, world: int) -> Batch:

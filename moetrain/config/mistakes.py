@@ -13,7 +13,7 @@ from omegaconf.errors import ConfigKeyError, InterpolationResolutionError, Missi
 from yaml import YAMLError
 
 from moetrain.base.errors import ConfigError, closest
-from moetrain.config.folder import GROUPS, conf_folder
+from moetrain.config.folder import GROUPS, conf_folder, options
 from moetrain.config.schema import TrainConfig
 
 EXPLAINED = (HydraException, OmegaConfBaseException, YAMLError, ConfigError, ValueError)
@@ -32,7 +32,7 @@ def as_config_error(error: Exception) -> ConfigError:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"{error.override} is not an override: {_first_line(error.message)}.", "Write key=value, such as optim.lr=3e-4.")
+        return _no_override(error)
     cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
     if isinstance(cause, OmegaConfBaseException):
         return _bad_key_or_value(str(error), cause)
@@ -85,6 +85,13 @@ def _missing_option(error: MissingConfigException) -> ConfigError:
     return _of(_written(group), option, f"there is no such {kind}", f"{hint}Possible: {', '.join(sorted(options))}.")
 
 
+def _no_override(error: OverrideParseException) -> ConfigError:
+    if error.override in options("experiment"):
+        return ConfigError(f"{error.override} is an experiment.", f"Write +experiment={error.override}.")
+    reason = [line for line in error.message.strip().splitlines() if not line.startswith(("Error parsing", "See http"))]
+    return ConfigError(f"{error.override} is not an override: {reason[0] if reason else 'it cannot be read'}.", "Write KEY=VALUE.")
+
+
 def _bad_key_or_value(message: str, cause: OmegaConfBaseException) -> ConfigError:
     key = str(cause.full_key)
     file = _match(r"^In '([^']+)'", message)
@@ -95,7 +102,8 @@ def _bad_key_or_value(message: str, cause: OmegaConfBaseException) -> ConfigErro
         if not override[1].startswith(key):
             return _of(override[1], override[2], f"its items have no key {key}", _fields_of(cause))
         return _of(override[1], override[2], "there is no such key", suggest(override[1]))
-    value = _match(r"merging override [^=]+=(.*)", message) or _match(r"Value '(.*)' (?:of type|is not)", str(cause)) or _value_in(file, key)
+    typed = _match(r"merging override [^=]+=(.*)", message) or _match(r"Value '(.*)' (?:of type|is not)", str(cause))
+    value = _value_in(file, key) if typed is None else typed
     return _of(key, value, _type_rule(cause), _way_out(cause, key, value), file)
 
 

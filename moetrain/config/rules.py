@@ -20,7 +20,8 @@ AT_LEAST = {
     1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps"),
     0: ("run.seed", "run.stop_after", "train.micro_batch_size", "train.accumulation", "train.evaluate_every", "train.evaluate_batches",
         "train.sample_every", "train.sample_tokens", "data.seed", "optim.weight_decay", "optim.grad_clip", "optim.beta1", "optim.beta2",
-        "optim.warmup_fraction", "optim.decay_fraction", "optim.min_lr_ratio", "telemetry.experts_every", "profile.start_step", "debug.world"),
+        "optim.warmup_fraction", "optim.decay_fraction", "optim.min_lr_ratio", "telemetry.experts_every",
+        "profile.start_step", "debug.world"),
 }  # fmt: skip
 POSITIVE = ("optim.lr", "optim.eps", "parallel.timeout_seconds")
 BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.warmup_fraction")

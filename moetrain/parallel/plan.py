@@ -110,13 +110,14 @@ def axes(model: ModelConfig, parallel: ParallelConfig, world: int) -> Axes:
         raise PlanError(f"There is no world of {world} ranks.", "Use debug.world=1 or more.")
     num_experts = model.routing.num_experts if model.banks() else 1
     if parallel.ep == 0:
-        return Axes(world, max(ep for ep in range(1, min(world, num_experts) + 1) if world % ep == 0))
-    possible = ", ".join(str(ep) for ep in range(1, min(world, num_experts) + 1) if world % ep == 0)
+        return Axes(world, max(ep for ep in divisors(world) if ep <= num_experts))
+    possible = ", ".join(str(ep) for ep in divisors(world) if ep <= num_experts)
+    hint = f"Possible: {possible}, or 0 for auto."
     if parallel.ep < 0 or world % parallel.ep:
-        raise ConfigError.of("parallel.ep", parallel.ep, f"it must divide the {world} ranks of this run", f"Possible: {possible}, or 0 for auto.")
+        raise ConfigError.of("parallel.ep", parallel.ep, f"it must divide the world of {world}", hint)
     if parallel.ep > num_experts:
         owned = f"model.routing.num_experts={num_experts}" if model.banks() else "a model without routed experts"
-        raise ConfigError.of("parallel.ep", parallel.ep, f"{owned} leaves ranks without an expert", f"Possible: {possible}, or 0 for auto.")
+        raise ConfigError.of("parallel.ep", parallel.ep, f"{owned} leaves ranks without an expert", hint)
     return Axes(world, parallel.ep)
 
 
@@ -133,7 +134,7 @@ def split_batch(global_batch_tokens: int, seq_len: int, micro_batch_size: int, a
         raise ConfigError.of(key, global_batch_tokens, rule, f"Use {near}, or a number of ranks that divides {sequences}.")
     per_rank = sequences // world
     if micro_batch_size and accumulation and micro_batch_size * accumulation != per_rank:
-        rule = f"with train.micro_batch_size={micro_batch_size} it must be {per_rank / micro_batch_size:g}: a rank has {per_rank} sequences per step"
+        rule = f"times train.micro_batch_size={micro_batch_size} it must be the {per_rank} sequences that a rank has per step"
         raise ConfigError.of("train.accumulation", accumulation, rule, "Use 0 to derive it.")
     given = ("micro_batch_size", micro_batch_size) if micro_batch_size else ("accumulation", accumulation)
     if given[1] and per_rank % given[1]:

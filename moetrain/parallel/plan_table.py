@@ -73,10 +73,11 @@ def _memory(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _bytes(plan: Plan) -> list[tuple[str, str, str]]:
     saved = plan.checkpoint
+    partial = f"by a rank; {size(saved.partial)} together, {share(saved.partial / saved.full)}"
     return [
         ("all-to-all per step", size(plan.all_to_all_bytes), "sent by a rank, forward and backward"),
         ("full checkpoint", size(saved.full_per_rank), f"by a rank; {size(saved.full)} together"),
-        ("partial checkpoint", size(saved.partial_per_rank), f"by a rank; {size(saved.partial)} together, {share(saved.partial / saved.full)}"),
+        ("partial checkpoint", size(saved.partial_per_rank), partial),
         ("checkpoints kept", size(saved.stored), "on storage, at most"),
     ]
 
