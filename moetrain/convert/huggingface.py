@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from moetrain.base.errors import BundleError
+from moetrain.base.log import logger
 from moetrain.convert.families import Family, choose, family_of, read_config, write_config
 from moetrain.convert.names import COMPUTED, Part, packed, parts, published
-from moetrain.convert.tokens import write_tokenizer
 from moetrain.model.config import ModelConfig
 from moetrain.model.shapes import Shape, parameter_shapes
-from moetrain.store.bundle import Contents, TokenizerFacts, read_json, token_ids
+from moetrain.store.bundle import Contents, TokenizerFacts, copy_files, read_json, token_ids
 from moetrain.store.folder import new_folder
 from moetrain.store.shards import SHARD_BYTES, Shards, TensorInfo, write_shards
+from moetrain.text.tokenizer import Tokenizer
 
 
 def read_huggingface(folder: Path) -> Contents:
@@ -108,7 +109,7 @@ def write_huggingface(
     special = _special_tokens(contents.tokenizer)
     with new_folder(target, overwrite) as folder:
         write_shards(folder, table, load, single=True, shard_bytes=shard_bytes)
-        write_tokenizer(folder, contents.tokenizer, config)
+        _write_tokenizer(folder, contents.tokenizer)
         (folder / "config.json").write_text(json.dumps(write_config(config, family, dtype) | special, indent=2) + "\n")
         (folder / "generation_config.json").write_text(json.dumps(special, indent=2) + "\n")
         (folder / "README.md").write_text(card)
@@ -125,6 +126,16 @@ def _special_tokens(tokenizer: TokenizerFacts) -> dict[str, object]:
     """null is written too: the classes have defaults of their own, which would name other tokens."""
     eos = tokenizer.eos[0] if len(tokenizer.eos) == 1 else tokenizer.eos or None
     return {"bos_token_id": tokenizer.bos, "eos_token_id": eos, "pad_token_id": tokenizer.pad}
+
+
+def _write_tokenizer(folder: Path, facts: TokenizerFacts) -> None:
+    """What AutoTokenizer reads: the files of the source, completed by a tokenizer_config.json where it had none."""
+    if facts.type == "none":
+        logger("convert").warning("The model came without a tokenizer: the folder holds none.")
+    elif "tokenizer_config.json" not in facts.files:
+        tokenizer = Tokenizer.byte() if facts.type == "byte" else Tokenizer.load(facts.files["tokenizer.json"])
+        tokenizer.save_huggingface(folder)
+    copy_files(facts.files, folder)
 
 
 def _read_tokenizer(folder: Path, values: Mapping[str, object], family: Family, where: str) -> TokenizerFacts:
