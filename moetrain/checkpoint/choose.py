@@ -1,0 +1,121 @@
+"""Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+from crc32c import crc32c
+
+from moetrain.base.errors import CheckpointError
+from moetrain.store.encode import ArrayReader, bytes_of
+from moetrain.store.io import Io
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
+from moetrain.store.objects import CheckpointFolder
+
+Known = dict[tuple[str, tuple[int, ...]], str]
+"""Object and what was read of it -> its damage, so that an object many recovery points share is read once."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A recovery point that was read in full and found good. `damage`: sentences about what had to be passed over or replaced."""
+
+    folder: Path
+    manifest: Manifest
+    damage: list[str]
+
+
+def check_object(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
+    """Reads every byte of an object and compares it with the manifest. Returns what is wrong, "" when nothing is."""
+    try:
+        reader = ArrayReader(folder.object_folder(record.name), folder.io)
+        if crc32c(reader.metadata) != record.metadata_crc:
+            return f"{reader.folder} is damaged: its description is not the one in the manifest."
+        for piece in pieces:
+            if piece.value is None and crc32c(bytes_of(reader.read(piece.start, prod(piece.shape)))) != piece.crc:
+                return f"{reader.folder} is damaged: its values are not the ones in the manifest."
+    except CheckpointError as error:
+        return error.message
+    return ""
+
+
+def check(folder: CheckpointFolder, manifest: Manifest, known: Known) -> dict[str, str]:
+    """Object name -> damage of every bad object of a recovery point. `known`: what was read before, extended here."""
+    members: dict[str, list[Piece]] = defaultdict(list)
+    for tensor in manifest.tensors.values():
+        for piece in tensor.pieces:
+            members[piece.object].append(piece)
+    bad = {}
+    for name, record in manifest.objects.items():
+        pieces = sorted(members[name], key=lambda piece: piece.start)
+        reads = name, tuple(piece.start for piece in pieces)
+        if reads not in known:
+            known[reads] = check_object(folder, record, pieces)
+        if known[reads]:
+            bad[name] = known[reads]
+    return bad
+
+
+def choose(path: Path, io: Io) -> Choice | None:
+    """The newest recovery point of a checkpoint folder that can be restored in full; None when there never was one.
+
+    An expert whose object is damaged comes from the newest older recovery point that has a good version of all of it; when none
+    has, or anything else is damaged, the next older recovery point is tried. Raises CheckpointError when none is left.
+    """
+    folder = CheckpointFolder(path, io)
+    history = list(folder.history())
+    known: Known = {}
+    damage: list[str] = []
+    for number, manifest in enumerate(history):
+        if isinstance(manifest, CheckpointError):
+            damage.append(manifest.message)
+            continue
+        bad = check(folder, manifest, known)
+        damage += bad.values()
+        older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
+        repaired = repair(folder, manifest, bad, older, known, damage)
+        if repaired is not None:
+            return Choice(path, repaired, damage)
+        damage.append(f"The checkpoint of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
+    if not history:
+        return None
+    raise CheckpointError(f"No checkpoint in {path} can be restored: {' '.join(damage)}", "Start anew with checkpoint.resume=never.")
+
+
+def repair(
+    folder: CheckpointFolder, manifest: Manifest, bad: dict[str, str], older: Iterator[Manifest], known: Known, damage: list[str]
+) -> Manifest | None:
+    """The manifest with every expert that touches a bad object taken from an older recovery point; None when that cannot be done."""
+    touched = [tensor for tensor in manifest.tensors.values() if any(piece.object in bad for piece in tensor.pieces)]
+    if any(tensor.group is None for tensor in touched):
+        return None
+    missing = {tensor.group for tensor in touched if tensor.group}
+    for source in older:
+        if not missing:
+            break
+        bad_there = check(folder, source, known)
+        for group in sorted(missing):
+            replaced = take_group(manifest, source, group, bad_there)
+            if replaced is not None:
+                manifest = replaced
+                missing.discard(group)
+                damage.append(f"Expert {group[1]} of {group[0]} is taken from the checkpoint of step {source.step} (seq {source.seq}).")
+    return None if missing else manifest
+
+
+def take_group(manifest: Manifest, source: Manifest, group: Group, bad: dict[str, str]) -> Manifest | None:
+    """`manifest` with all tensors of one expert as `source` has them; None when they are not all there, alike and good."""
+    tensors = {}
+    for key, tensor in manifest.tensors.items():
+        if tensor.group != group:
+            continue
+        old = source.tensors.get(key)
+        if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype) or any(piece.object in bad for piece in old.pieces):
+            return None
+        tensors[key] = old
+    tensors = manifest.tensors | tensors
+    needed = {piece.object for tensor in tensors.values() for piece in tensor.pieces}
+    objects = {name: record for name, record in (source.objects | manifest.objects).items() if name in needed}
+    return replace(manifest, tensors=tensors, objects=objects)

@@ -1,0 +1,185 @@
+"""Putting a recovery point back into live state, whatever the world size and expert placement it was saved with."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.choose import Choice, choose
+from moetrain.checkpoint.table import expert_table
+from moetrain.model.state import Fragment, ModelState
+from moetrain.store.boxes import overlap
+from moetrain.store.encode import ArrayReader
+from moetrain.store.io import Io
+from moetrain.store.manifest import Group, Manifest, Piece, Tensor
+from moetrain.store.objects import CheckpointFolder, resolve
+
+Agree = Callable[[object], object]
+"""Every rank gets what rank 0 passed; other ranks pass None. The identity in one process."""
+
+
+def alone(value: object) -> object:
+    """The agreement of one process."""
+    return value
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was restored. `ages`: for every expert, how many steps older than `step` its state is."""
+
+    folder: Path
+    progress: dict
+    seq: int
+    step: int
+    ages: dict[Group, int]
+    remapped: list[str]
+    damaged: list[str]
+    is_converted: bool = False  # to another number type
+
+    def lines(self) -> list[str]:
+        """Sentences for the log, with the age of every expert group as a table of layers by experts."""
+        lines = [f"Resumed from step {self.step} (seq {self.seq}) in {self.folder}.", *self.damaged, *self.remapped]
+        if self.ages:
+            lines += ["Age of every expert group in steps:", *expert_table(self.ages)]
+        return lines
+
+    def age_rows(self) -> list[list[int]]:
+        """The ages as layers x experts."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for (bank, _), age in self.ages.items():
+            rows[bank].append(age)
+        return list(rows.values())
+
+
+def from_rank_zero(rank: int, agree: Agree, compute: Callable[[], str | None]) -> str | None:
+    """What `compute` gives on rank 0, on every rank; a CheckpointError there is raised on every rank, so that none waits."""
+    answer: list[str | None] = [None, None, ""]
+    if rank == 0:
+        try:
+            answer[0] = compute()
+        except CheckpointError as error:
+            answer[1:] = [error.message, error.hint]
+        except OSError as error:
+            answer[1] = f"{error.filename} cannot be used: {error.strerror}."
+    found = agree(answer if rank == 0 else None)
+    assert isinstance(found, list | tuple)
+    value, message, hint = found
+    if message is not None:
+        raise CheckpointError(message, hint)
+    return value
+
+
+def agreed_choice(folder: Path, at: str, rank: int = 0, agree: Agree = alone, io: Io | None = None) -> Choice | None:
+    """The recovery point that all ranks restore. `at`: auto (own folder, None when it has none) | must | never | a path.
+
+    Rank 0 reads all of it, so that every rank knows it to be good before any state is touched.
+    Raises CheckpointError on every rank when there is none (must, a path) or none is good.
+    """
+    if at == "never":
+        return None
+
+    def pick() -> str | None:
+        path = folder if at in ("auto", "must") else resolve(Path(at))
+        choice = choose(path, io or Io())
+        if choice is not None:
+            return json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage])
+        if at == "auto":
+            return None
+        raise CheckpointError(f"There is no checkpoint in {path}.", "Start anew with checkpoint.resume=auto.")
+
+    found = from_rank_zero(rank, agree, pick)
+    if found is None:
+        return None
+    path, manifest, damage = json.loads(found)
+    return Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage)
+
+
+def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None) -> LoadReport:
+    """Fills the fragments in place, cutting their boxes out of whatever boxes were saved. Every byte read is checked.
+
+    Raises CheckpointError when a tensor is missing or has another shape, before anything is overwritten.
+    """
+    manifest = choice.manifest
+    remapped = []
+    if manifest.world != world:
+        remapped.append(f"It was saved by {manifest.world} ranks (ep {manifest.ep}) and is loaded by {world}.")
+    types = {(_tensor_of(manifest, fragment).dtype, dtype_name(fragment.data)) for fragment in state}
+    if casts := sorted(f"{saved} to {live}" for saved, live in types if saved != live):
+        remapped.append(f"Values are converted from {', '.join(casts)}.")
+    _fill(choice, state, io or Io())
+    return LoadReport(choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts))
+
+
+def dtype_name(data: torch.Tensor) -> str:
+    return str(data.dtype).removeprefix("torch.")
+
+
+def _tensor_of(manifest: Manifest, fragment: Fragment) -> Tensor:
+    tensor = manifest.tensors.get(fragment.key)
+    hint = "The model's configuration is not the one that was saved."
+    if tensor is None:
+        raise CheckpointError(f"The checkpoint of step {manifest.step} has no {fragment.key}.", hint)
+    if tensor.shape != tuple(fragment.logical_shape):
+        shapes = f"{list(tensor.shape)} in the checkpoint and {list(fragment.logical_shape)} in this model"
+        raise CheckpointError(f"{fragment.key} has shape {shapes}.", hint)
+    return tensor
+
+
+@torch.no_grad()
+def _fill(choice: Choice, state: ModelState, io: Io) -> None:
+    reads: dict[str, list[tuple[Piece, str, Fragment]]] = defaultdict(list)
+    for fragment in state:
+        tensor = _tensor_of(choice.manifest, fragment)
+        for piece in tensor.pieces:
+            if overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape) is None:
+                continue
+            if piece.value is not None:
+                fragment.data.detach().fill_(piece.value)
+            else:
+                reads[piece.object].append((piece, tensor.dtype, fragment))
+    folder = CheckpointFolder(choice.folder, io)
+    for name, wanted in reads.items():
+        reader = ArrayReader(folder.object_folder(name), io)
+        for piece, dtype, fragment in sorted(wanted, key=lambda read: read[0].start):
+            values = read_piece(reader, piece, dtype)
+            cut = overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape)
+            assert cut is not None
+            fragment.data.detach()[cut[1]].copy_(values[cut[0]])
+
+
+def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:
+    """A saved box as a tensor of its own type."""
+    values: np.ndarray = reader.read(piece.start, prod(piece.shape))
+    return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(piece.shape)
+
+
+def whole_tensors(choice: Choice, component: str = "master", io: Io | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, tensor) of every parameter, one at a time; the experts of a bank stacked as [E, ...]. For export and evaluation."""
+    io = io or Io()
+    by_name: dict[str, list[Tensor]] = defaultdict(list)
+    for tensor in choice.manifest.tensors.values():
+        if tensor.component == component:
+            by_name[tensor.name].append(tensor)
+    for name, tensors in by_name.items():
+        tensors.sort(key=lambda tensor: tensor.expert or 0)
+        whole = [_whole(choice, tensor, io) for tensor in tensors]
+        yield name, whole[0] if tensors[0].expert is None else torch.stack(whole)
+
+
+def _whole(choice: Choice, tensor: Tensor, io: Io) -> torch.Tensor:
+    whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
+    for piece in tensor.pieces:
+        if piece.value is not None:
+            whole.fill_(piece.value)
+            continue
+        reader = ArrayReader(CheckpointFolder(choice.folder, io).object_folder(piece.object), io)
+        where = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))
+        whole[where] = read_piece(reader, piece, tensor.dtype)
+    return whole
+

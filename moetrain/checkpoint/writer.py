@@ -1,0 +1,209 @@
+"""The process beside every rank that turns its arena into objects; rank 0's also commits. Imports no torch.
+
+It lives in its own session, so that a Ctrl-C at the trainer does not reach it, and ends when its trainer closes the
+connection or dies, after it has finished or abandoned what it has.
+"""
+
+import mmap
+import os
+import select
+import signal
+import socket
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, replace
+from math import prod
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from moetrain.base.clock import Clock, SystemClock
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.job import Receipt, Reply, SaveJob
+from moetrain.checkpoint.merge import merge
+from moetrain.store.encode import Encoded, bytes_of, encode, stored_dtype
+from moetrain.store.io import Io
+from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, Tensor
+from moetrain.store.objects import CheckpointFolder, Superseded
+
+ORPHAN_SECONDS = 5.0  # how long rank 0's writer still waits for receipts when its trainer is dead
+LENGTH = struct.Struct("<Q")
+
+Alive = Callable[[], bool]
+
+
+def persist(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receipt:
+    """Writes this rank's objects, durable when it returns. Raises OSError."""
+    share = folder.new_share(job.save, job.rank)
+    records: list[ObjectRecord] = []
+    written: list[Tensor] = []
+
+    def objects() -> Iterator[tuple[str, Encoded]]:
+        for plan in job.objects:
+            dtype = stored_dtype(plan.dtype)
+            values = np.frombuffer(arena, dtype, plan.size, plan.offset) if plan.size else np.empty(0, dtype)
+            name = f"{share}/{plan.label}"
+            tensors = [_in_object(tensor, name, values) for tensor in plan.tensors]
+            encoded = encode(values, attributes(job, tensors))
+            num_bytes = len(encoded.metadata) + sum(len(buffer) for buffer in encoded.data)
+            records.append(ObjectRecord(name, job.step, num_bytes, crc32c(encoded.metadata)))
+            written.extend(tensors)
+            yield plan.label, encoded
+
+    folder.put_share(share, objects())
+    return Receipt(job.rank, job.index, job.selection, records, [*written, *job.tensors])
+
+
+def _in_object(tensor: Tensor, name: str, values: np.ndarray) -> Tensor:
+    """With the object's name and the checksum of the bytes in the arena, taken before anything is written."""
+    (piece,) = tensor.pieces
+    crc = 0 if piece.value is not None else crc32c(bytes_of(values[piece.start : piece.start + prod(piece.shape)]))
+    return replace(tensor, pieces=(replace(piece, object=name, crc=crc),))
+
+
+def attributes(job: SaveJob, tensors: list[Tensor]) -> dict[str, object]:
+    """What an object says about itself: enough to read it without the manifest."""
+    table = [asdict(tensor) | asdict(tensor.pieces[0]) for tensor in tensors]
+    for row, tensor in zip(table, tensors, strict=True):
+        row |= {"shape": list(tensor.shape), "box_offset": list(row.pop("offset")), "box_shape": list(tensor.pieces[0].shape)}
+        del row["pieces"], row["object"]
+    steps = {tensor.pieces[0].value for tensor in tensors if tensor.component == "step"}
+    adam_step = steps.pop() if len(steps) == 1 else None
+    return {"format": FORMAT, "save": str(job.save), "rank": job.rank, "step": job.step, "adam_step": adam_step, "tensors": table}
+
+
+def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> list[Receipt]:
+    """The receipts of all ranks, in order of rank.
+
+    Raises CheckpointError naming the ranks that handed in none within the time limit, Superseded when another job took over.
+    """
+    receipts = {job.rank: own}
+    deadline = clock.monotonic() + job.timeout_seconds
+    orphan = False
+    pause = 0.005
+    while True:
+        for rank in range(job.world):
+            if rank not in receipts and (found := folder.receipt(job.save, rank)) is not None:
+                receipts[rank] = Receipt.of_json(found)
+        if len(receipts) == job.world:
+            return [receipts[rank] for rank in range(job.world)]
+        folder.check_claim(job.save.epoch)
+        if not orphan and not alive():
+            orphan, deadline = True, min(deadline, clock.monotonic() + ORPHAN_SECONDS)
+        if clock.monotonic() > deadline:
+            missing = ", ".join(str(rank) for rank in range(job.world) if rank not in receipts)
+            raise CheckpointError(f"no receipt came from rank {missing} within {job.timeout_seconds:g} s.")
+        clock.sleep(pause)
+        pause = min(2 * pause, 0.2)
+
+
+def commit(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> Manifest:
+    """Rank 0: waits for the other ranks, makes the recovery point exist and sweeps what is older than `keep` of them.
+
+    Raises CheckpointError or OSError when the save was not committed. A sweep that fails only leaves more behind.
+    """
+    receipts = gather(job, own, folder, clock, alive)
+    parent = folder.manifest(job.parent) if job.parent and job.selection is not None else None
+    manifest = merge(job, receipts, parent, clock.now())
+    folder.commit(manifest)
+    with suppress(OSError, CheckpointError):
+        folder.sweep(job.keep, job.save)
+    return manifest
+
+
+def handle(job: SaveJob, arena: memoryview, io: Io, clock: Clock, alive: Alive) -> Reply:
+    """One job from the arena to its outcome. Never raises for a full or failing disk: the save is given up, training goes on."""
+    started = clock.monotonic()
+    folder = CheckpointFolder(Path(job.folder), io)
+    receipt = _attempt(job, arena, folder)
+    num_bytes = sum(record.num_bytes for record in receipt.objects)
+    if job.rank:
+        outcome = "abandoned" if receipt.error else "written"
+        with suppress(OSError):
+            folder.put_receipt(job.save, job.rank, receipt.to_json())
+        return Reply(outcome, receipt.error, num_bytes, clock.monotonic() - started)
+    try:
+        if receipt.error:
+            raise CheckpointError(f"rank 0 could not write its part: {receipt.error}")
+        manifest = commit(job, receipt, folder, clock, alive)
+    except Superseded as error:
+        return Reply("superseded", str(error), num_bytes, clock.monotonic() - started)
+    except (OSError, CheckpointError) as error:
+        if folder.outcome(job.save) is not True:  # an error after the name appeared, as of the last fsync, undoes nothing
+            with suppress(OSError):
+                folder.abandon(job.save, str(error))
+            return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
+        manifest = folder.manifest(job.save)
+    oldest = max(manifest.ages().values(), default=0)
+    return Reply("committed", "", manifest.new_bytes, clock.monotonic() - started, oldest)
+
+
+def _attempt(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receipt:
+    try:
+        return persist(job, arena, folder)
+    except OSError as error:
+        return Receipt(job.rank, job.index, job.selection, [], [], f"{error.strerror} ({error.filename or job.folder})")
+
+
+# the process
+
+
+def send(connection: socket.socket, message: bytes, descriptor: int | None = None) -> None:
+    """One message, and with it an open file for the other process."""
+    header = LENGTH.pack(len(message))
+    if descriptor is None:
+        connection.sendall(header)
+    else:
+        socket.send_fds(connection, [header], [descriptor])
+    connection.sendall(message)
+
+
+def receive(connection: socket.socket) -> tuple[bytes, list[int]] | None:
+    """The next message and the files that came with it; None when the other end is closed."""
+    header, descriptors, _, _ = socket.recv_fds(connection, LENGTH.size, 1)
+    if len(header) < LENGTH.size:
+        return None
+    (length,) = LENGTH.unpack(header)
+    parts = []
+    while length and (part := connection.recv(min(length, 1 << 20))):
+        parts.append(part)
+        length -= len(part)
+    return None if length else (b"".join(parts), descriptors)
+
+
+def serve(connection: socket.socket, alive: Alive) -> None:
+    """Answers jobs until the trainer is gone."""
+    while True:
+        while not select.select([connection], [], [], 1.0)[0]:
+            if not alive():  # a forked child of the trainer may hold the connection open
+                return
+        message = receive(connection)
+        if message is None:
+            return
+        data, (descriptor,) = message
+        reply = handle(SaveJob.from_bytes(data), map_arena(descriptor), Io(), SystemClock(), alive)
+        with suppress(BrokenPipeError, ConnectionResetError):
+            send(connection, reply.to_bytes())
+
+
+def map_arena(descriptor: int) -> memoryview:
+    """The bytes of an arena; unmapped when the last view is dropped. Closes the descriptor."""
+    mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
+    os.close(descriptor)
+    return memoryview(mapped)
+
+
+def main(descriptor: int, trainer: int) -> int:
+    """The body of the process. `descriptor` is its end of the connection, `trainer` the process it belongs to."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop; its end is ours
+    with socket.socket(fileno=descriptor) as connection:
+        serve(connection, lambda: os.getppid() == trainer)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))

@@ -1,0 +1,174 @@
+"""Zarr v3 arrays, written and read by ourselves: one dimension, one shard, CRC32C on every chunk and on the index.
+
+Any Zarr v3 reader opens what is written here. Our reader is stricter than most: a missing chunk is an error, not fill values.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from crc32c import crc32c
+
+from moetrain.base.errors import CheckpointError
+from moetrain.store.io import Buffer, Io
+
+CHUNK_BYTES = 4 << 20  # the unit that is read and checked alone
+METADATA, DATA = "zarr.json", "c.0"
+STORED_AS = {"bfloat16": "uint16", "bool": "uint8", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # Zarr's core has no such types
+
+Json = dict[str, object]
+
+
+def stored_dtype(dtype: str) -> np.dtype:
+    """The numpy type in which a tensor type is stored, little-endian: itself, or an integer of the same width."""
+    return np.dtype(STORED_AS.get(dtype, dtype)).newbyteorder("<")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The two files of an array. `data` are views where possible: the values must not change until they are written."""
+
+    metadata: bytes
+    data: list[Buffer]
+
+
+def encode(values: np.ndarray, attributes: Json) -> Encoded:
+    """A Zarr array of the flat, contiguous `values`. An empty one has no data file."""
+    values = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    chunk = chunk_length(values.size, values.itemsize)
+    metadata = json.dumps(describe(values.size, values.dtype, chunk, attributes)).encode()
+    if not values.size:
+        return Encoded(metadata, [])
+    data: list[Buffer] = []
+    for start in range(0, values.size, chunk):
+        part = values[start : start + chunk]
+        if part.size < chunk:
+            part = np.concatenate([part, np.full(chunk - part.size, fill_value(values.dtype), values.dtype)])
+        data += [bytes_of(part), checksum(bytes_of(part))]
+    index = shard_index(len(data) // 2, chunk * values.itemsize)
+    return Encoded(metadata, [*data, index, checksum(index)])
+
+
+def describe(size: int, dtype: np.dtype, chunk: int, attributes: Json) -> Json:
+    """The content of `zarr.json`."""
+    little = {"name": "bytes"} | ({"configuration": {"endian": "little"}} if dtype.itemsize > 1 else {})
+    index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    sharding = {"chunk_shape": [chunk], "codecs": [little, {"name": "crc32c"}], "index_codecs": index_codecs, "index_location": "end"}
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [size],
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [num_chunks(size, chunk) * chunk or chunk]}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": "NaN" if dtype.kind == "f" else 0,
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+        "attributes": attributes,
+    }
+
+
+def chunk_length(size: int, itemsize: int) -> int:
+    """Values per chunk: about CHUNK_BYTES, equal chunks with less than one value of padding for each."""
+    return max(1, math.ceil(size / max(1, math.ceil(size * itemsize / CHUNK_BYTES))))
+
+
+def num_chunks(size: int, chunk: int) -> int:
+    return math.ceil(size / chunk)
+
+
+def fill_value(dtype: np.dtype) -> float | int:
+    """NaN for floats, so that a leak of padding is loud."""
+    return math.nan if dtype.kind == "f" else 0
+
+
+def bytes_of(values: np.ndarray) -> memoryview:
+    """The memory of a flat, contiguous array that is not empty."""
+    return values.data.cast("B")
+
+
+def checksum(data: Buffer) -> bytes:
+    """CRC32C as the four little-endian bytes of Zarr's codec."""
+    return crc32c(data).to_bytes(4, "little")
+
+
+def shard_index(count: int, chunk_bytes: int) -> bytes:
+    """Offset and length of every chunk, in order and without gaps."""
+    stride = chunk_bytes + 4
+    return np.array([(i * stride, stride) for i in range(count)], dtype="<u8").tobytes()
+
+
+class ArrayReader:
+    """Ranges of one array, every byte checked. Raises CheckpointError that names the file and what is wrong with it."""
+
+    def __init__(self, folder: Path, io: Io) -> None:
+        self.folder = folder
+        self._io = io
+        try:
+            self.metadata = io.read(folder / METADATA)
+            found = json.loads(self.metadata)
+            self.size, self.attributes = int(found["shape"][0]), found["attributes"]
+            self.dtype = np.dtype(found["data_type"]).newbyteorder("<")
+            self._chunk = chunk_length(self.size, self.dtype.itemsize)
+            usual = describe(self.size, self.dtype, self._chunk, self.attributes)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder / METADATA} is missing.") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder / METADATA} cannot be read: {error.strerror}.") from error
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise CheckpointError(f"{folder / METADATA} is damaged.") from error
+        if found != usual:
+            raise CheckpointError(f"{folder / METADATA} describes another layout than this format's.")
+        self._last: tuple[int, np.ndarray] | None = None
+        if self.size:
+            self._check_index()
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """`count` values from `start`, in the machine's byte order; reads and checks only the chunks they lie in."""
+        if not 0 <= start <= start + count <= self.size:
+            raise CheckpointError(f"{self.folder} holds {self.size} values, not {start + count}.")
+        result = np.empty(count, self.dtype.newbyteorder("="))
+        position = start
+        while position < start + count:
+            number, inside = divmod(position, self._chunk)
+            part = self._chunk_values(number)[inside : inside + start + count - position]
+            result[position - start : position - start + part.size] = part
+            position += part.size
+        return result
+
+    def _chunk_values(self, number: int) -> np.ndarray:
+        if self._last is None or self._last[0] != number:
+            num_bytes = self._chunk * self.dtype.itemsize
+            data = self._range(number * (num_bytes + 4), num_bytes + 4)
+            if checksum(memoryview(data)[:num_bytes]) != data[num_bytes:]:
+                raise CheckpointError(f"{self.folder / DATA} is damaged: the checksum of chunk {number} does not match.")
+            self._last = number, np.frombuffer(data, self.dtype, self._chunk)
+        return self._last[1]
+
+    def _check_index(self) -> None:
+        path, chunk_bytes = self.folder / DATA, self._chunk * self.dtype.itemsize
+        count = num_chunks(self.size, self._chunk)
+        index = shard_index(count, chunk_bytes)
+        expected = count * (chunk_bytes + 4) + len(index) + 4
+        try:
+            actual = path.stat().st_size
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing.") from None
+        if actual != expected:
+            raise CheckpointError(f"{path} is damaged: it has {actual} bytes instead of {expected}.")
+        found = self._range(count * (chunk_bytes + 4), len(index) + 4)
+        if found != index + checksum(index):
+            raise CheckpointError(f"{path} is damaged: its chunk index is wrong or names a missing chunk.")
+
+    def _range(self, offset: int, num_bytes: int) -> bytes:
+        path = self.folder / DATA
+        try:
+            data = self._io.read_range(path, offset, num_bytes)
+        except FileNotFoundError:
+            raise CheckpointError(f"{path} is missing.") from None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        if len(data) != num_bytes:
+            raise CheckpointError(f"{path} is damaged: it ends early.")
+        return data

@@ -1,0 +1,111 @@
+"""Every file operation of a checkpoint, each behind a hook: tests kill or fail the process at any one of them."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+Buffer = bytes | memoryview
+Hook = Callable[[str, Path], None]
+
+_MOST_BUFFERS = 512  # below IOV_MAX of every system
+
+
+def no_hook(operation: str, path: Path) -> None:
+    """The hook of a real run."""
+
+
+class Io:
+    """The operating system's calls, one hook point each. The hook runs *before* the call and may raise OSError.
+
+    Operations: mkdir open write fsync rename link unlink rmdir fsync_folder read list.
+    """
+
+    def __init__(self, hook: Hook = no_hook) -> None:
+        self._hook = hook
+
+    def mkdir(self, path: Path) -> None:
+        """Makes the folder and its parents; an existing one is fine."""
+        self._hook("mkdir", path)
+        path.mkdir(parents=True, exist_ok=True)
+
+    def write_new(self, path: Path, buffers: Sequence[Buffer]) -> int:
+        """Creates the file, which must not exist, writes the buffers and syncs it. Returns the number of bytes."""
+        self._hook("open", path)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        try:
+            num_bytes = self._write(descriptor, path, [memoryview(buffer).cast("B") for buffer in buffers])
+            self._hook("fsync", path)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return num_bytes
+
+    def _write(self, descriptor: int, path: Path, views: list[memoryview]) -> int:
+        total = 0
+        while views:
+            self._hook("write", path)
+            written = os.writev(descriptor, views[:_MOST_BUFFERS])
+            total += written
+            while views and written >= len(views[0]):
+                written -= len(views.pop(0))
+            if written:
+                views[0] = views[0][written:]
+        return total
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._hook("rename", target)
+        source.rename(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """A second name for a file; FileExistsError if the name is taken: the one atomic 'create if absent' every local and
+        cluster file system has."""
+        self._hook("link", target)
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._hook("unlink", path)
+        path.unlink(missing_ok=True)
+
+    def rmdir(self, path: Path) -> None:
+        self._hook("rmdir", path)
+        path.rmdir()
+
+    def remove_tree(self, path: Path) -> None:
+        """Removes a folder and what is in it; an absent one is fine."""
+        for name in self.list(path):
+            child = path / name
+            if child.is_dir():
+                self.remove_tree(child)
+            else:
+                self.unlink(child)
+        if path.is_dir():
+            self.rmdir(path)
+
+    def fsync_folder(self, path: Path) -> None:
+        """Makes names created, renamed or removed in this folder durable."""
+        self._hook("fsync_folder", path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    def list(self, path: Path) -> list[str]:
+        """Names in a folder, sorted; an absent folder is an empty one."""
+        self._hook("list", path)
+        return sorted(os.listdir(path)) if path.is_dir() else []
+
+    def read(self, path: Path) -> bytes:
+        self._hook("read", path)
+        return path.read_bytes()
+
+    def read_range(self, path: Path, offset: int, num_bytes: int) -> bytes:
+        """`num_bytes` from `offset`, fewer at the end of the file."""
+        self._hook("read", path)
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            parts = []
+            while num_bytes and (part := file.read(num_bytes)):
+                parts.append(part)
+                num_bytes -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
