@@ -1,5 +1,6 @@
 """What is shipped and how it is installed: the wheel, the pins, the Makefile, the CI script, the images."""
 
+import ast
 import os
 import re
 import shutil
@@ -7,11 +8,14 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+from tests.unit.test_floors import imported_packages
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -81,6 +85,16 @@ def test_wheel_runs_from_elsewhere_and_finds_its_configuration(wheel: zipfile.Zi
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False)
     assert result.stdout.strip() == str(tmp_path / "moetrain" / "conf"), result.stderr
+
+
+def test_every_imported_package_is_a_declared_requirement():
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "moetrain").rglob("*.py")]
+    imported = set().union(*(imported_packages(tree) for tree in trees)) - set(sys.stdlib_module_names) - {"moetrain"}
+    owners = packages_distributions()
+    extras = [text for name in ("hf", "wandb") for text in PROJECT["optional-dependencies"][name]]
+    declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"] + extras}
+    assert "numpy" in imported
+    assert [name for name in sorted(imported) if declared.isdisjoint(canonicalize_name(owner) for owner in owners[name])] == []
 
 
 def test_every_requirement_is_pinned_for_both_pythons_except_torch():
