@@ -99,6 +99,9 @@ def test_every_node_gets_one_torchrun_that_meets_at_the_first_node(cluster: Clus
 
 def test_usr1_stops_politely_then_requeues_and_the_next_life_resumes_in_the_same_folder(cluster: Cluster):
     os.mkfifo(cluster.stubs / "ready")
+    done = cluster.home / "runs" / "long" / "DONE"
+    done.parent.mkdir(parents=True)
+    done.touch()  # of a shorter run before this one
     job = cluster.start(TEMPLATE, "run.name=long", run="runs/long", training=UNTIL_STOPPED)
     assert (cluster.stubs / "ready").read_text(encoding="utf-8") == "started\n"
     job.send_signal(signal.SIGUSR1)
