@@ -180,7 +180,7 @@ def check_axes(world: World) -> str:
 
 @pytest.mark.dist
 def test_two_and_three_ranks_equal_the_local_dispatcher(tmp_path: Path) -> None:
-    assert run_ranks(check_axes, 4, tmp_path, timeout=100.0) == ["equal"] * 4
+    assert run_ranks(check_axes, 4, tmp_path) == ["equal"] * 4
 
 
 def test_one_rank_equals_the_local_dispatcher_without_a_process_group() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ import torch.distributed as dist
 from moetrain.base.errors import PlanError, TrainingError
 from moetrain.dist.comm import CountExchange, Exchange
 from moetrain.dist.mesh import Mesh, auto_ep
+from moetrain.dist.stop import Stop
 from moetrain.dist.watch import Watch, Watchdog
 from moetrain.dist.world import World
 from tests.kit import run_ranks
 
 
-def agree_and_sum(world: World) -> dict[str, object]:
+def agree_and_sum(world: World, folder: Path) -> dict[str, object]:
     value = {"name": "run", "list": [1, 2.5, None], "text": "ä"} if world.is_main else None
     world.barrier("start")
     mesh = Mesh(world, ep=2)
@@ -31,7 +33,21 @@ def agree_and_sum(world: World) -> dict[str, object]:
         "device_mesh": [axis.device_mesh.size() if axis.device_mesh else None for axis in (mesh.dp, mesh.ep, mesh.edp)],
         "exchange": check_exchange(mesh),
         "order": backward_order(mesh),
+        "stop": stop_together(world, folder),
     }
+
+
+def stop_together(world: World, folder: Path) -> list[str | None]:
+    """Nobody asks; a file that only rank 0 looks for; a signal that only rank 2 got."""
+    with Stop(world, folder / "STOP") as stop:
+        reasons = [stop.agreed()]
+        if world.rank == 0:
+            (folder / "STOP").touch()
+        reasons.append(stop.agreed())
+        if world.rank == 2:
+            signal.raise_signal(signal.SIGUSR1)
+        reasons.append(stop.agreed())
+    return reasons
 
 
 def check_exchange(mesh: Mesh) -> bool:
@@ -76,7 +92,7 @@ def backward_order(mesh: Mesh) -> list[str]:
 
 @pytest.mark.dist
 def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
-    results = run_ranks(agree_and_sum, 4, tmp_path)
+    results = run_ranks(agree_and_sum, 4, tmp_path, tmp_path)
     for rank, result in enumerate(results):
         assert result["agreed"] == {"name": "run", "list": [1, 2.5, None], "text": "ä"}
         assert result["nothing"] is None
@@ -86,6 +102,7 @@ def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
         assert result["dp"] == ((0, 1, 2, 3), rank, 10.0)
         assert result["device_mesh"] == [4, 2, 2]
         assert result["exchange"] is True
+        assert result["stop"] == [None, "the file STOP", "SIGUSR1"]
         assert result["order"] == ["rows, under way: False", "main, under way: True", "input, under way: False"]
 
 
@@ -130,16 +147,17 @@ def test_a_lost_rank_is_named_as_such(tmp_path: Path) -> None:
     assert re.match(r"Rank 0 lost the connection to another rank after \d+\.\d s in: barrier evaluation\.", sentence)
 
 
-def fails_on_rank_1(world: World) -> None:
+def fails_on_rank_1(world: World, fifo: Path) -> None:
     if world.rank == 1:
         raise ValueError("the reason")
-    world.barrier("never")
+    fifo.read_text()  # nobody ever writes
 
 
 @pytest.mark.dist
-def test_kit_shows_the_traceback_of_the_failing_rank(tmp_path: Path) -> None:
+def test_kit_shows_the_traceback_of_the_failing_rank_and_ends_the_others(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
     with pytest.raises(AssertionError, match="the reason"):
-        run_ranks(fails_on_rank_1, 2, tmp_path)
+        run_ranks(fails_on_rank_1, 2, tmp_path, tmp_path / "fifo")
 
 
 def test_one_process_needs_no_group() -> None:
