@@ -1,5 +1,6 @@
 """The native engine: one sharded model, its optimizer, and one step of both. Also the protocol every engine follows."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -44,6 +45,7 @@ class StepResult:
     load: Tensor  # int64 [layers, E], valid tokens' selections
     num_dropped: int  # pairs dropped by capacity
     num_pairs: int  # pairs kept or dropped
+    seconds: float  # of the step itself, from the first forward to the end of the update
 
 
 class LossSums(NamedTuple):
@@ -113,6 +115,7 @@ class TorchEngine:
                 fill(fragment, self.config, seed)
 
     def step(self, batches: list[Batch], lr: float, before_update: Callable[[], None]) -> StepResult:
+        started = time.perf_counter()
         sums = StepSums(self.config, self.world)
         total = sums.count_tokens(batches)
         for number, batch in enumerate(batches):
@@ -126,7 +129,7 @@ class TorchEngine:
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
         self._update_bias(sums.load)
-        return sums.result(grad_norm, lr, total, self.config.routing.top_k)
+        return sums.result(grad_norm, lr, self.config.routing.top_k, time.perf_counter() - started)
 
     def _backward(self, batch: Batch, total: int, sums: "StepSums") -> None:
         """Forward and backward of one micro-batch; its share of the global loss is its sum / total."""
@@ -252,16 +255,17 @@ class StepSums:
         if not grad_norm < float("inf"):
             raise NonFiniteError(f"The gradient norm is {grad_norm}, although the loss is finite on every rank.")
 
-    def result(self, grad_norm: float, lr: float, total: int, top_k: int) -> StepResult:
-        tokens, layers = max(total, 1), max(len(self.load), 1)
+    def result(self, grad_norm: float, lr: float, top_k: int, seconds: float) -> StepResult:
+        tokens, layers = max(self.num_tokens, 1), max(len(self.load), 1)
         return StepResult(
             loss=float(self.nats) / tokens,
             auxiliary_loss=float(self.auxiliary) / tokens / layers,
             z_loss=float(self.z) / tokens / layers,
             grad_norm=grad_norm,
             lr=lr,
-            num_tokens=total,
+            num_tokens=self.num_tokens,
             load=self.load.cpu(),
             num_dropped=int(self.dropped),
             num_pairs=self.num_pairs * top_k,
+            seconds=seconds,
         )

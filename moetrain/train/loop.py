@@ -1,5 +1,6 @@
 """The loop. Saving, logging, evaluating and sampling are hooks; this file only steps and stops."""
 
+from moetrain.data.batch import Batch
 from moetrain.optim.schedule import lr_at
 from moetrain.parallel.engine import NonFiniteError, StepResult
 from moetrain.train.run import Run
@@ -14,24 +15,22 @@ def train(run: Run) -> str:
     """
     for hook in run.hooks:
         hook.on_start(run)
-    reason = DONE
-    if not run.progress.finished:
-        for batches in run.loader:
-            result = _step(run, batches)
-            run.progress.advance(result, run.samples_per_step)
-            for hook in run.hooks:
-                hook.on_step(run, result)
-            reason = _reason_to_stop(run)
-            if reason:
-                break
-    run.checkpoint.save(run.engine.state(), run.progress.as_dict(), full=True)
-    run.checkpoint.finish()
+    reason = DONE if run.progress.finished else ""
+    while not reason:
+        result = _step(run, next(run.loader))
+        run.progress.advance(result, run.samples_per_step)
+        for hook in run.hooks:
+            hook.on_step(run, result)
+        reason = _reason_to_stop(run)
+        if reason:
+            run.checkpoint.save(run.engine.state(), run.progress.as_dict(), full=True)
+            run.checkpoint.finish()
     for hook in run.hooks:
         hook.on_finish(run, reason)
     return reason
 
 
-def _step(run: Run, batches: list) -> StepResult:
+def _step(run: Run, batches: list[Batch]) -> StepResult:
     lr = lr_at(run.progress.step, run.progress.total_steps, run.config.optim)
     try:
         return run.engine.step(batches, lr, run.checkpoint.wait_copied)

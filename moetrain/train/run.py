@@ -1,6 +1,6 @@
 """One run: everything the loop and its hooks share, and the progress that a checkpoint carries."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Protocol
@@ -80,7 +80,7 @@ class Run:
     world: World
     engine: Engine
     checkpoint: Checkpointer
-    loader: Iterable[list[Batch]]  # one list of this rank's micro-batches per step
+    loader: Iterator[list[Batch]]  # one list of this rank's micro-batches per step
     samples_per_step: int
     progress: Progress
     stop: Stop

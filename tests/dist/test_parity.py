@@ -1,0 +1,164 @@
+"""Four ranks in every fold against one process: loss, every gradient, and the parameters after 20 steps.
+
+After the first update Adam's first moment is (1 - beta1) times the gradient, so the moments of one step show every gradient
+without reaching into the engine (clipping is off for that comparison, on for the 20 steps).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.data.batch import Batch
+from moetrain.dist.mesh import Mesh
+from moetrain.dist.world import World
+from moetrain.model.config import AttentionConfig, ModelConfig
+from moetrain.model.state import Fragment, assemble
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.engine import StepResult, TorchEngine
+from moetrain.routing.config import RoutingConfig
+from tests.kit import run_ranks
+
+STEPS, SEQUENCES, LENGTH, VOCABULARY = 20, 2, 8, 31
+BETA1 = 0.9
+
+
+@dataclass
+class Fold:
+    """One way to spread the same global batch: `world` ranks with `accumulation` micro-batches each."""
+
+    ep: int
+    dense: str
+    accumulation: int
+    scope: str = "sequence"
+    recompute: bool = False
+    placement_seed: int | None = None
+    dtype: str = "float64"
+    num_experts: int = 4
+
+
+FOLDS = [Fold(ep, dense, accumulation) for ep in (1, 2, 4) for dense in ("replicate", "fsdp") for accumulation in (1, 3)]
+FOLDS += [
+    Fold(2, "replicate", 1, scope="micro_batch"),
+    Fold(4, "fsdp", 3, scope="global_batch"),
+    Fold(2, "fsdp", 3, recompute=True, placement_seed=7),
+    Fold(4, "replicate", 1, num_experts=6),
+    Fold(2, "fsdp", 1, num_experts=6),
+]
+SINGLE = [Fold(ep, dense, 3, dtype="float32") for ep, dense in ((1, "replicate"), (2, "fsdp"), (4, "replicate"))]
+
+
+def model_config(fold: Fold) -> ModelConfig:
+    routing = RoutingConfig(
+        num_experts=fold.num_experts, top_k=2, auxiliary_loss_weight=0.05, auxiliary_loss_scope=fold.scope, z_loss_weight=0.01, bias_update_rate=0.01
+    )  # fmt: skip
+    attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, qk_norm="head", bias=True)
+    return ModelConfig(
+        vocab_size=VOCABULARY, hidden_size=8, num_layers=4, pattern=["scmoe", "shared", "moe"], ffn_size=12, expert_ffn_size=10, shared_ffn_size=6,
+        max_position=LENGTH, init_std=0.3, attention=attention, routing=routing,
+    )  # fmt: skip
+
+
+def micro_batch(step: int, number: int) -> Batch:
+    """Micro-batch `number` of a step; valid tokens differ widely, and every fifth has none."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    ids = torch.randint(0, VOCABULARY, (SEQUENCES, LENGTH + 1), generator=generator)
+    valid = torch.rand(SEQUENCES, LENGTH, generator=generator) < (number % 5) / 4
+    position = torch.arange(LENGTH).expand(SEQUENCES, LENGTH)
+    return Batch(ids[:, :-1], ids[:, 1:], valid, position, None)
+
+
+def merged(batches: list[Batch]) -> Batch:
+    tokens, labels, valid, position = (torch.cat([batch[i] for batch in batches]) for i in range(4))
+    return Batch(tokens, labels, valid, position, None)
+
+
+@dataclass
+class Outcome:
+    """What one fold computed: the first step's result and gradients, and everything after 20 clipped steps."""
+
+    loss: float
+    grad_norm: float
+    gradients: list[Fragment]
+    final_losses: list[float]
+    final: list[Fragment]
+
+
+def detached(fragments: list[Fragment]) -> list[Fragment]:
+    return [Fragment(f.name, f.component, f.bank, f.expert, f.logical_shape, f.box, f.holders, f.data.detach().clone()) for f in fragments]
+
+
+def train(world: World, fold: Fold, ranks: int) -> Outcome:
+    """The fold on this world; a world of one plays all `ranks` by itself."""
+
+    def batches(step: int) -> list[Batch]:
+        if world.size == ranks:
+            return [micro_batch(step, index * ranks + world.rank) for index in range(fold.accumulation)]
+        every = [micro_batch(step, number) for number in range(fold.accumulation * ranks)]
+        if fold.scope == "global_batch":  # balance is over what all ranks compute at once
+            return [merged(every[index * ranks : (index + 1) * ranks]) for index in range(fold.accumulation)]
+        return every
+
+    def engine(grad_clip: float) -> TorchEngine:
+        parallel = ParallelConfig(ep=fold.ep, dense=fold.dense, placement_seed=fold.placement_seed)
+        optim = OptimConfig(beta1=BETA1, grad_clip=grad_clip)
+        mesh = Mesh(world, fold.ep if world.size == ranks else 1)
+        made = TorchEngine(model_config(fold), parallel, EngineConfig(dtype=fold.dtype, recompute=fold.recompute), optim, world, mesh)
+        made.initialize(seed=1)
+        return made
+
+    def step(of: TorchEngine, number: int) -> StepResult:
+        return of.step(batches(number), 3e-3, lambda: None)
+
+    once, many = engine(0.0), engine(0.5)
+    first = step(once, 0)
+    results = [step(many, number) for number in range(STEPS)]
+    moments = [f for f in detached(once.state()) if f.component == "m"]
+    masters = [f for f in detached(many.state()) if f.component == "master"]
+    return Outcome(first.loss, first.grad_norm, moments, [result.loss for result in results], masters)
+
+
+def on_ranks(world: World, folds: list[Fold]) -> list[Outcome]:
+    return [train(world, fold, world.size) for fold in folds]
+
+
+def farthest(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """Largest difference of two tensors of one key, relative to the norm of the second."""
+    assert mine.keys() == theirs.keys()
+    return max(float((mine[key] - theirs[key]).norm() / theirs[key].norm().clamp(min=1e-30)) for key in mine)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(240)
+def test_every_fold_of_four_ranks_equals_one_process(tmp_path: Path) -> None:
+    by_rank = run_ranks(on_ranks, 4, tmp_path, FOLDS + SINGLE, timeout=200)
+    single = World.single(torch.device("cpu"))
+    for number, fold in enumerate(FOLDS + SINGLE):
+        reference = train(single, fold, 4)
+        outcomes = [outcomes[number] for outcomes in by_rank]
+        loss_limit, gradient_limit, final_limit = (1e-10, 1e-10, 1e-8) if fold.dtype == "float64" else (1e-6, 1e-5, 1e-5)
+        for outcome in outcomes:
+            assert abs(outcome.loss - reference.loss) <= loss_limit * abs(reference.loss), fold
+            assert abs(outcome.grad_norm - reference.grad_norm) <= gradient_limit * reference.grad_norm, fold
+            assert max(abs(a - b) for a, b in zip(outcome.final_losses, reference.final_losses, strict=True)) <= final_limit * 10, fold
+        gradients = assemble([fragment for outcome in outcomes for fragment in outcome.gradients])
+        final = assemble([fragment for outcome in outcomes for fragment in outcome.final])
+        assert farthest(gradients, assemble(reference.gradients)) <= gradient_limit, fold
+        assert farthest(final, assemble(reference.final)) <= final_limit, fold
+
+
+def uneven(world: World) -> list[Fragment]:
+    """8 experts on 3 ranks."""
+    fold = Fold(3, "replicate", 1, num_experts=8, placement_seed=3)
+    return train(world, fold, world.size).final
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(120)
+def test_eight_experts_on_three_ranks_equal_one_process(tmp_path: Path) -> None:
+    by_rank = run_ranks(uneven, 3, tmp_path, timeout=100)
+    reference = train(World.single(torch.device("cpu")), Fold(3, "replicate", 1, num_experts=8, placement_seed=3), 3).final
+    assert farthest(assemble([fragment for fragments in by_rank for fragment in fragments]), assemble(reference)) <= 1e-8
