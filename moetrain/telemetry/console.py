@@ -13,7 +13,6 @@ from rich.live import Live
 from rich.text import Text
 
 from moetrain.base.clock import Clock
-from moetrain.base.errors import one_of
 from moetrain.base.log import logger
 from moetrain.telemetry.panel import panel
 from moetrain.telemetry.record import Record
@@ -23,12 +22,9 @@ from moetrain.telemetry.status import RunStatus
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-CONSOLES = ("auto", "live", "lines", "off")
-
 
 def open_console(kind: str, name: str, total_steps: int, clock: Clock, stop_file: str = "") -> list[Sink]:
     """The console sink that telemetry.console asks for, none for `off`. `stop_file` is shown as the way to stop politely."""
-    one_of("telemetry.console", kind, CONSOLES)
     status = RunStatus(name, total_steps, clock.monotonic())
     if kind == "live" or (kind == "auto" and sys.stdout.isatty()):
         hint = f"stop with a checkpoint: touch {stop_file}" if stop_file else ""
@@ -78,7 +74,7 @@ class LiveSink:
         now = self.clock.monotonic()
         with self._lock:
             self.status.update(record, now)
-        if "train/loss" not in record:  # evaluations, commits, samples and events stay readable above the panel
+        if "train/loss" not in record and record.get("checkpoint/pending") != 1:  # news stay readable above the panel
             self._live.console.print(Text(self._announcement(record, now)))
 
     def show_load(self, step: int, load_LE: np.ndarray) -> None:

@@ -44,7 +44,7 @@ class Meter:
         self.flops_per_token = flops_per_token
         self.peak_flops = peak_flops
         self.peak_memory = peak_memory
-        self._restart()
+        self.restart()
 
     @property
     def num_steps(self) -> int:
@@ -106,10 +106,11 @@ class Meter:
                 "moe/dead_experts": even.dead,
                 "moe/dropped_fraction": sum(numbers.num_dropped for numbers in steps) / num_pairs if num_pairs else 0.0,
             }
-        self._restart()
+        self.restart()
         return record, load_LE
 
-    def _restart(self) -> None:
+    def restart(self) -> None:
+        """Starts a new interval now; what was added since the last record is forgotten."""
         self._steps: list[StepNumbers] = []
         self._load_LE: np.ndarray | None = None
         self._paused_seconds = 0.0

@@ -15,7 +15,7 @@ def open_sinks(
 ) -> Sinks:
     """metrics.jsonl in `folder` always, the rest by choice; no sink at all unless `is_main`.
 
-    `resolved` is the whole configuration as plain values, for the dashboard. Raises ConfigError for a console or wandb mode there is not.
+    `resolved` is the whole configuration as plain values, for the dashboard.
     The console comes last: on a terminal it draws from here until `close`.
     """
     if not is_main:

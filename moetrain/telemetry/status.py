@@ -94,7 +94,8 @@ class RunStatus:
         parts = []
         if "checkpoint/seq" in self.latest:
             parts.append(f"#{self.number('checkpoint/seq'):.0f} at step {self._committed_at}")
-            parts.append(f"{size(self.number('checkpoint/bytes'))} in {duration(self.number('checkpoint/seconds'))}")
+            if "checkpoint/bytes" in self.latest:  # not yet after a resume
+                parts.append(f"{size(self.number('checkpoint/bytes'))} in {duration(self.number('checkpoint/seconds'))}")
             oldest = self.number("checkpoint/oldest_expert_steps")
             if math.isfinite(oldest):
                 parts.append(f"oldest expert {oldest:.0f} steps")
@@ -116,15 +117,16 @@ class RunStatus:
     def line(self, record: Record, now: float) -> str:
         """One plain line for `record`, which `update` has taken in."""
         if "train/loss" in record:
-            experts = self.experts_text()
-            parts = [self.progress_text(now), f"loss: {self.loss_text()}", f"speed: {self.speed_text()}", *([f"experts: {experts}"] if experts else [])]
+            parts = [self.progress_text(now), f"loss: {self.loss_text()}", f"speed: {self.speed_text()}"]
+            if experts := self.experts_text():
+                parts.append(f"experts: {experts}")
             return " | ".join([*parts, f"checkpoint: {self.checkpoint_text()}", f"evaluation: {self.evaluation_text()}"])
         at = f"step {self.step}"
         if "evaluation/loss" in record:
             return f"{at} | evaluation: {self.evaluation_text()}"
         if "sample/text" in record:
             return f"{at} | sample: {record.get('sample/prompt', '')!r} -> {record['sample/text']!r}"
-        if any(key.startswith("checkpoint/") for key in record):
+        if any(key.startswith("checkpoint/") for key in record) and "event" not in record:
             return f"{at} | checkpoint: {self.checkpoint_text()}"
-        rest = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("train/step", "train/tokens"))
+        rest = ", ".join(f"{key} {value}" for key, value in record.items() if "/" not in key)
         return f"{at} | {rest}"

@@ -1,0 +1,221 @@
+"""What happens beside the steps: records, evaluation, samples, saving, profiles, events.
+
+Every rank calls every hook. Collectives (evaluation, samples, saving) run on all ranks; only what shows something asks for rank 0.
+The order that reads well: LogHook, EvaluateHook, SampleHook, SaveHook, ProfileHook, EventHook.
+"""
+
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from moetrain.base.log import logger
+from moetrain.checkpoint.checkpointer import Status
+from moetrain.parallel.engine import StepResult
+from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
+from moetrain.telemetry.experts import Snapshot, save_snapshot
+from moetrain.telemetry.profile import Profiler
+from moetrain.telemetry.record import Record
+from moetrain.train.config import TrainingConfig
+from moetrain.train.evaluate import EvaluationResult
+from moetrain.train.loop import DONE
+from moetrain.train.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class LogHook:
+    """A record every `log_every` steps and at the last, an expert-load snapshot every `experts_every` steps and at the last.
+
+    `banks` names the expert bank of each MoE layer, as ModelConfig.banks() lists them.
+    """
+
+    def __init__(self, config: TelemetryConfig, banks: list[str]) -> None:
+        self.config, self.banks = config, tuple(banks)
+        self._load_LE: np.ndarray | None = None  # since the last snapshot
+
+    def on_start(self, run: Run) -> None:
+        run.meter.restart()  # building and loading are no training time
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if not run.world.is_main:
+            return
+        run.meter.add(result)
+        if self.banks:
+            load_LE = result.load.numpy()
+            self._load_LE = load_LE.copy() if self._load_LE is None else self._load_LE + load_LE
+        if _is_due(run, self.config.log_every):
+            self._record(run)
+        if _is_due(run, self.config.experts_every):
+            self._snapshot(run)
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        if run.meter.num_steps:  # stopped between two records
+            self._record(run)
+            self._snapshot(run)
+
+    def _record(self, run: Run) -> None:
+        step = run.progress.step
+        record, load_LE = run.meter.record(step, run.progress.tokens)
+        run.sinks.log(record)
+        if load_LE.size:
+            run.sinks.show_load(step, load_LE)
+
+    def _snapshot(self, run: Run) -> None:
+        if self._load_LE is None:
+            return
+        snapshot, self._load_LE = Snapshot(run.progress.step, self._load_LE, self.banks), None
+        save_snapshot(run.folder, snapshot)
+        run.sinks.image("experts/load", lambda: _heat_map(snapshot), snapshot.step)
+
+
+class EvaluateHook:
+    """Validation every `evaluate_every` steps, and `at_end` (all held-out text) once the run is done, not when it is stopped."""
+
+    def __init__(self, config: TrainingConfig, at_end: Callable[[], EvaluationResult]) -> None:
+        self.every, self.at_end = config.evaluate_every, at_end
+
+    def on_start(self, run: Run) -> None:
+        pass
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if _is_due(run, self.every) and not run.progress.finished:
+            self._evaluate(run, run.evaluate)
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        if reason == DONE:
+            self._evaluate(run, self.at_end)
+
+    def _evaluate(self, run: Run, evaluate: Callable[[], EvaluationResult]) -> None:
+        with run.meter.paused():
+            result = evaluate()
+        run.sinks.log(_at(run) | {"evaluation/loss": result.loss, "evaluation/bits_per_byte": result.bits_per_byte})
+
+
+class SampleHook:
+    """Completions of the configured prompts every `sample_every` steps; the seed is the step, so a rerun says the same."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.every, self.prompts, self.num_tokens = config.sample_every, list(config.sample_prompts), config.sample_tokens
+
+    def on_start(self, run: Run) -> None:
+        pass
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if not _is_due(run, self.every):
+            return
+        with run.meter.paused():
+            for prompt in self.prompts:
+                ids = run.tokenizer.encode(prompt) or [run.tokenizer.end_id]
+                text = run.tokenizer.decode(run.engine.generate(ids, self.num_tokens, run.progress.step))
+                run.sinks.log(_at(run) | {"sample/prompt": prompt, "sample/text": text})
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        pass
+
+
+class SaveHook:
+    """A checkpoint every `every_steps` (0 = never; the loop itself saves the last step), and a record whenever its state changes."""
+
+    def __init__(self, every_steps: int) -> None:
+        self.every = every_steps
+        self._said = Status()
+
+    def on_start(self, run: Run) -> None:
+        self._said = run.checkpoint.status()  # what was committed before this start is no news
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if _is_due(run, self.every) and not run.progress.finished:
+            run.checkpoint.save(run.engine.state(), run.progress.as_dict())
+        self._report(run)
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        self._report(run)
+
+    def _report(self, run: Run) -> None:
+        status = run.checkpoint.status()
+        if run.world.is_main and status != self._said:
+            run.sinks.log(_at(run) | checkpoint_news(self._said, status))
+            self._said = status
+
+
+class ProfileHook:
+    """torch.profiler on every rank over the configured steps."""
+
+    def __init__(self, config: ProfileConfig) -> None:
+        self.config = config
+        self._profiler: Profiler | None = None
+
+    def on_start(self, run: Run) -> None:
+        if self.config.start_step < 1:
+            return
+        if run.progress.step >= self.config.start_step:
+            sentence = "profile.start_step=%d lies before step %d, with which this run goes on: nothing is profiled."
+            logger("train").warning(sentence, self.config.start_step, run.progress.step + 1)
+            return
+        self._profiler = Profiler(self.config, run.folder, run.world.rank)
+        self._profiler.after(run.progress.step)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if self._profiler is not None:
+            self._profiler.after(run.progress.step)
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
+
+
+class EventHook:
+    """Says when a run starts, resumes, stops and is done.
+
+    `restored_ages` [layers, E]: steps by which each restored expert is older than the checkpoint; None for a fresh start.
+    """
+
+    def __init__(self, restored_ages: list[list[int]] | None) -> None:
+        self.restored_ages = restored_ages
+
+    def on_start(self, run: Run) -> None:
+        event: Record = {"event": "resume" if run.progress.step else "start"}
+        if self.restored_ages is not None:
+            event["checkpoint/expert_ages"] = json.dumps(self.restored_ages)
+        status = run.checkpoint.status()
+        if status.committed_seq is not None and status.committed_step is not None:
+            event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step}
+        run.sinks.log(_at(run) | event)
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        pass
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        run.sinks.log(_at(run) | ({"event": "done"} if reason == DONE else {"event": "stop", "reason": reason}))
+
+
+def checkpoint_news(before: Status, now: Status) -> Record:
+    """What the checkpointer is doing, as metrics; the facts of a commit only when there is a new one."""
+    record: Record = {"checkpoint/pending": int(now.pending), "checkpoint/failures": now.failures}
+    if now.committed_seq is not None and now.committed_step is not None and now.committed_seq != before.committed_seq:
+        record |= {
+            "checkpoint/seq": now.committed_seq,
+            "checkpoint/step": now.committed_step,
+            "checkpoint/bytes": now.committed_bytes,
+            "checkpoint/seconds": now.committed_seconds,
+            "checkpoint/oldest_expert_steps": now.oldest_expert_steps,
+        }
+    return record
+
+
+def _is_due(run: Run, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; at the last step too, never with `every` 0."""
+    return every > 0 and (run.progress.step % every == 0 or run.progress.finished)
+
+
+def _at(run: Run) -> Record:
+    return {"train/step": run.progress.step, "train/tokens": run.progress.tokens}
+
+
+def _heat_map(snapshot: Snapshot) -> "Figure":
+    from moetrain.telemetry.plots import heat_map
+
+    return heat_map(snapshot)
