@@ -15,7 +15,6 @@ class TelemetryConfig:
     experts_every: int = 50  # steps between expert-load snapshots (experts/step-*.npz and the heat map); 0 = never
 
 
-
 @dataclass
 class ProfileConfig:
     """torch.profiler over a few steps, written to trace/."""
