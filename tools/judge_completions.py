@@ -137,9 +137,22 @@ def complete(bundle: Path, prompts: Sequence[str], num_tokens: int, seed: int) -
     return [judge(prompt, seed + i, text) for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True))]
 
 
+def read_prompts(file: Path) -> list[str]:
+    """The prompts of a JSON file. Raises DataError unless it is a list of strings."""
+    from moetrain.base.errors import DataError
+
+    try:
+        prompts = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise DataError(f"The prompts {file} cannot be read: {error}.", "Give a JSON list of strings.") from error
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise DataError(f"The prompts {file} are no list of strings.", 'Give a JSON list such as ["import os\\n", "def main():\\n"].')
+    return prompts
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 when the bundle passes, 1 when it does not, 2 for an error."""
-    from moetrain.base.errors import MoetrainError
+    from moetrain.base.errors import ConfigError, MoetrainError
 
     parser = argparse.ArgumentParser(description="Judge the Python that a bundle writes.", epilog="Exit code 0: it passes.")
     parser.add_argument("bundle", type=Path)
@@ -149,8 +162,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the first completion; the next ones count up")
     parser.add_argument("--out", type=Path, default=Path("judgement.json"), help="where the JSON report goes")
     args = parser.parse_args(arguments)
-    prompts = PROMPTS if args.prompts is None else json.loads(args.prompts.read_text())
     try:
+        prompts = PROMPTS if args.prompts is None else read_prompts(args.prompts)
+        if args.num < 1:
+            raise ConfigError.of("num", args.num, "at least one completion is judged")
         judgements = complete(args.bundle, [prompts[i % len(prompts)] for i in range(args.num)], args.tokens, args.seed)
     except MoetrainError as error:
         print(error, file=sys.stderr)
@@ -158,8 +173,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verdict = report(judgements)
     args.out.write_text(json.dumps(verdict, indent=2) + "\n")
     print(
-        f"{'Passed' if verdict['passed'] else 'Failed'}: {100 * verdict['share_of_lines_that_tokenize']:.1f} % of {verdict['num_lines']} lines "
-        f"tokenize (at least {100 * MIN_SHARE:.0f} % asked), one line stands at most {verdict['most_repeats_of_one_line']} times "
+        f"{'Passed' if verdict['passed'] else 'Failed'}: {verdict['share_of_lines_that_tokenize']:.1%} of {verdict['num_lines']} lines "
+        f"tokenize (at least {MIN_SHARE:.0%} asked), one line stands {verdict['most_repeats_of_one_line']} times in a completion "
         f"(at most {MAX_REPEATS} asked). Report: {args.out}"
     )
     return 0 if verdict["passed"] else 1

@@ -61,8 +61,8 @@ class KeyValues:
     def append(self, rows: range, num_tokens: int, valid_BS: Tensor | None = None) -> "Appending":
         """Reserves columns for the next `num_tokens` tokens of each row and returns the cache for this one forward.
 
-        `rows` has step 1. `valid_BS` (bool, on this device) marks real tokens when rows bring different numbers: padding, left or right, is not stored and
-        gets position -1. If the forward fails, `rollback` the tokens.
+        `rows` has step 1. `valid_BS` (bool, on this device) marks real tokens when rows bring different numbers of them: padding,
+        left or right, is not stored and gets position -1. If the forward fails, `rollback` the tokens.
         """
         count_B = [num_tokens] * len(rows) if valid_BS is None else valid_BS.sum(1).tolist()
         for row, count in zip(rows, count_B, strict=True):
@@ -93,7 +93,8 @@ class KeyValues:
         oldest = self.lengths[row] - self._used[row]
         needed = 0 if self.window is None else max(0, length - self.window + 1)
         if length < 0 or oldest > needed:
-            raise ValueError(f"cannot roll back {num_tokens} of {self.lengths[row]} tokens: positions {needed} to {oldest - 1} are no longer held")
+            gone = f"positions {needed} to {oldest - 1} are no longer held"
+            raise ValueError(f"cannot roll back {num_tokens} of {self.lengths[row]} tokens: {gone}")
         self.position[row, used : self._used[row]] = -1
         self.lengths[row], self._used[row] = length, used
 

@@ -1,6 +1,7 @@
 """Tiny models with decisive random weights for the inference tests; greedy decoding without a cache, the reference of them all."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -8,6 +9,8 @@ from torch import Tensor
 from moetrain.model.config import AttentionConfig, ModelConfig, RopeConfig, ShortcutConfig
 from moetrain.model.gpt import GPT
 from moetrain.routing.config import RoutingConfig
+from moetrain.store.bundle import Contents, TokenizerFacts, write_bundle
+from moetrain.store.shards import TensorInfo
 
 SMALL = ModelConfig(
     vocab_size=61,
@@ -27,8 +30,8 @@ def attention(**changes: object) -> ModelConfig:
     return replace(SMALL, attention=replace(SMALL.attention, **changes))
 
 
-def rope(**changes: object) -> ModelConfig:
-    return replace(SMALL, rope=RopeConfig(**changes))
+def rope(config: RopeConfig) -> ModelConfig:
+    return replace(SMALL, rope=config)
 
 
 def routing(**changes: object) -> ModelConfig:
@@ -58,9 +61,9 @@ CONFIGS = {
     "window 6": attention(sliding_window=6),
     "window 1": attention(sliding_window=1),
     "scmoe, window 6": replace(shortcut(2), attention=replace(SMALL.attention, sliding_window=6)),
-    "rope linear": rope(scaling="linear", factor=2.0),
-    "rope llama3": rope(scaling="llama3", factor=4.0, original_max_position=16, theta=500.0),
-    "rope yarn": rope(scaling="yarn", factor=4.0, original_max_position=16),
+    "rope linear": rope(RopeConfig(scaling="linear", factor=2.0)),
+    "rope llama3": rope(RopeConfig(500.0, "llama3", 4.0, original_max_position=16)),
+    "rope yarn": rope(RopeConfig(scaling="yarn", factor=4.0, original_max_position=16)),
     "sigmoid with bias balancing": routing(score="sigmoid", bias_update_rate=0.01, renormalize=True, weight_scale=2.5),
     "softmax after": routing(softmax_order="after"),
     "untied": replace(SMALL, tie_embeddings=False),
@@ -88,3 +91,12 @@ def greedy_without_cache(model: GPT, prompt: list[int], num_tokens: int) -> list
     for _ in range(num_tokens):
         text.append(int(model(torch.tensor([text])).logits_BSV[0, -1].argmax()))
     return text[len(prompt) :]
+
+
+def write_tiny_bundle(target: Path, config: ModelConfig, tokenizer: TokenizerFacts, seed: int = 0) -> GPT:
+    """A bundle of `filled(config)` in float32; returns that model."""
+    model = filled(config, torch.float32, seed)
+    state = model.state_dict()
+    table = {name: TensorInfo(tuple(x.shape), "float32") for name, x in state.items()}
+    write_bundle(target, Contents(asdict(config), {}, tokenizer, table, state.__getitem__), "A tiny random model.\n")
+    return model

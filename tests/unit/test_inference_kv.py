@@ -4,12 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.unit.inference_kit import CONFIGS, SMALL, attention, filled, tokens
 from torch import Tensor
 
 from moetrain.inference.kv import KeyValues
 from moetrain.model.context import ForwardContext
 from moetrain.model.gpt import GPT
+from tests.unit.inference_kit import CONFIGS, SMALL, attention, filled, tokens
 
 
 def cache_of(model: GPT, block: int = 8) -> KeyValues:
@@ -74,7 +74,7 @@ def test_any_history_of_rows_gives_the_logits_of_their_texts(window: int | None,
         if move == "remove":
             cache.remove(row)
             texts[row], newest[row] = texts[-1], newest[-1]
-            texts.pop(), newest.pop()
+            del texts[-1], newest[-1]
         elif move == "rollback":
             size = min(size, newest[row])
             cache.rollback(row, size)
@@ -143,7 +143,8 @@ def test_trimmed_rows_of_different_lengths_decode_together() -> None:
 def test_removing_the_last_row_gives_memory_back() -> None:
     model = filled(SMALL)
     cache = cache_of(model)
-    cache.add(), cache.add()
+    cache.add()
+    cache.add()
     forward(model, cache, range(0, 2), tokens(8, 2, 5))
     assert cache.num_bytes > 0
     cache.remove(0)
@@ -154,7 +155,8 @@ def test_removing_the_last_row_gives_memory_back() -> None:
 def test_a_row_that_held_nan_does_not_spoil_its_successor() -> None:
     model = filled(SMALL)
     cache = cache_of(model)
-    cache.add(), cache.add()
+    cache.add()
+    cache.add()
     forward(model, cache, range(0, 2), tokens(9, 2, 6))
     cache.value[0][1] = float("nan")
     cache.remove(1)

@@ -1,8 +1,14 @@
 """The judge of completions: which lines pass, how repeats are counted, what the verdict says."""
 
+import json
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from tools.judge_completions import PROMPTS, judge, passes, report
+from tests.unit.inference_kit import write_tiny_bundle
+from tests.unit.test_inference_generate import BYTE_FACTS, BYTES
+from tools.judge_completions import PROMPTS, judge, main, passes, report
 
 GOOD = [
     "x = 1",
@@ -76,3 +82,43 @@ def test_verdict(texts: list[str], passed: bool) -> None:
 
 def test_there_are_twenty_prompts() -> None:
     assert len(set(PROMPTS)) == 20
+
+
+def test_a_bundle_is_judged_on_the_same_completions_every_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiny_bundle(tmp_path / "bundle", replace(BYTES, max_position=128), BYTE_FACTS)
+    (tmp_path / "prompts.json").write_text(json.dumps(["import os\n", "x = 1\n"]))
+    found = []
+    for name in ("one.json", "two.json"):
+        options = [
+            "--prompts",
+            str(tmp_path / "prompts.json"),
+            "--num",
+            "3",
+            "--tokens",
+            "40",
+            "--seed",
+            "9",
+            "--out",
+            str(tmp_path / name),
+        ]
+        code = main([str(tmp_path / "bundle"), *options])
+        found.append(json.loads((tmp_path / name).read_text()))
+        assert code == (0 if found[-1]["passed"] else 1)
+    assert found[0] == found[1]
+    judged = found[0]["completions"]
+    assert [(x["prompt"], x["seed"]) for x in judged] == [("import os\n", 9), ("x = 1\n", 10), ("import os\n", 11)]
+    assert len({x["text"] for x in judged}) == 3
+    assert found[0]["num_lines"] == sum(x["num_lines"] for x in judged) > 0
+    assert "of lines tokenize" in capsys.readouterr().out.replace(f"{found[0]['num_lines']} ", "")
+
+
+def test_mistakes_are_said_in_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.json").write_text("{}")
+    assert main([str(tmp_path / "none")]) == 2
+    assert main([str(tmp_path), "--prompts", str(tmp_path / "prompts.json")]) == 2
+    assert main([str(tmp_path), "--num", "0"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3
+    assert "does not exist" in lines[0]
+    assert "no list of strings" in lines[1]
+    assert lines[2].startswith("num=0")

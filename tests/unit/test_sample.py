@@ -14,9 +14,7 @@ from moetrain.inference.sample import choose, draw, greedy, law
 
 PLAIN = SamplingParams(temperature=1.0, top_p=1.0)
 LOGITS = st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=12).map(lambda x: torch.tensor(x, dtype=torch.float64))
-PARAMS = st.builds(
-    SamplingParams, temperature=st.floats(0.1, 4), top_k=st.integers(0, 14), top_p=st.floats(0.05, 1.0)
-)
+PARAMS = st.builds(SamplingParams, temperature=st.floats(0.1, 4), top_k=st.integers(0, 14), top_p=st.floats(0.05, 1.0))
 
 
 def logits_of(*probabilities: float) -> Tensor:
