@@ -70,7 +70,7 @@ def outputs_and_gradients(dispatcher: Any, mine: tuple[int, ...], problem: Probl
     leaves = [x_ND, weights_EDD, *weights]
     routings = [make_routing(e, w, k, weights_EDD.shape[0]) for e, w, k in zip(experts, weights, kept, strict=True)]
     outputs = run_layer(dispatcher, mine, weights_EDD, x_ND, routings)
-    loss = torch.stack([(y * torch.linspace(1, 2, D, dtype=F64)).square().sum() for y in outputs]).sum()
+    loss = torch.stack([(y * torch.linspace(1, 2, D, dtype=F64, device=y.device)).square().sum() for y in outputs]).sum()
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return outputs, [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, gradients, strict=True)]
 
@@ -197,3 +197,17 @@ def test_one_rank_equals_the_local_dispatcher_for_any_routing(seed: int, num_tok
     actual, actual_grad = outputs_and_gradients(AllToAllDispatcher(axis, placement), placement.experts[0], problem)
     for a, b in zip(actual + actual_grad, expected + expected_grad, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_rank_on_a_gpu_equals_the_host() -> None:
+    problem = make_problem(1, 9, 8, 2, as_chosen, 0.2)
+    on_device = [t.detach().cuda().requires_grad_(t.requires_grad) for t in (*problem[:2], *problem[2], *problem[3], *problem[4])]
+    x_ND, weights_EDD, *rest = on_device
+    expected, expected_grad = outputs_and_gradients(LocalDispatcher(), tuple(range(8)), problem)
+    axis, placement = Mesh(World.single(torch.device("cuda", 0)), 1).ep, Placement.balanced(8, 1, 5)
+    dispatcher = AllToAllDispatcher(axis, placement)
+    actual, actual_grad = outputs_and_gradients(dispatcher, placement.experts[0], (x_ND, weights_EDD, rest[:2], rest[2:4], rest[4:]))
+    for a, b in zip(actual + actual_grad, expected + expected_grad, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)

@@ -133,3 +133,21 @@ def test_a_transposed_gradient_updates_the_right_values() -> None:
     optimizer.step(0.1)
     reference.step()
     torch.testing.assert_close(ours["dense"], theirs["dense"], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_equals_the_host_on_a_gpu() -> None:
+    host = make(torch.float64)
+    device = {name: nn.Parameter(p.detach().cuda()) for name, p in host.items()}
+    optimizers = [AdamW(named(host), CONFIG), AdamW(named(device), CONFIG)]
+    for optimizer in optimizers:
+        optimizer.moments("experts")[2].copy_(torch.tensor([0, 7, 300]))
+    for number in range(3):
+        set_gradients(host, number)
+        for name, parameter in device.items():
+            parameter.grad = host[name].grad.cuda()  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step(0.1)
+    for name, parameter in device.items():
+        torch.testing.assert_close(parameter.detach().cpu(), host[name].detach(), rtol=1e-12, atol=1e-12)
