@@ -6,7 +6,6 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from huggingface_hub import split_state_dict_into_shards_factory
 from safetensors import SafetensorError, safe_open
 
 from moetrain.base.errors import BundleError
@@ -96,6 +95,7 @@ def write_shards(folder: Path, table: Table, load: Callable[[str], "Tensor"], si
 
     single: weights that fit one shard are written as model.safetensors without an index, as Hugging Face folders have it.
     """
+    from huggingface_hub import split_state_dict_into_shards_factory
     from safetensors.torch import save_file
 
     split = split_state_dict_into_shards_factory(
