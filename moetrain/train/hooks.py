@@ -43,7 +43,7 @@ class LogHook:
         if not run.world.is_main:
             return
         run.meter.add(result)
-        if self.banks:
+        if self.banks and self.config.experts_every:
             load_LE = result.load.numpy()
             self._load_LE = load_LE.copy() if self._load_LE is None else self._load_LE + load_LE
         if _is_due(run, self.config.log_every):
@@ -54,7 +54,7 @@ class LogHook:
     def on_finish(self, run: Run, reason: str) -> None:
         if run.meter.num_steps:  # stopped between two records
             self._record(run)
-            self._snapshot(run)
+        self._snapshot(run)
 
     def _record(self, run: Run) -> None:
         step = run.progress.step

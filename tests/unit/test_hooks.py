@@ -153,10 +153,13 @@ def test_records_come_every_few_steps_and_at_the_last(tmp_path: Path) -> None:
     assert bench.sink.loads == [(4, [[4, 12], [8, 8]]), (8, [[4, 12], [8, 8]]), (10, [[2, 6], [4, 4]])]
 
 
-def test_a_stop_between_two_records_leaves_nothing_unsaid(tmp_path: Path) -> None:
-    bench = Bench(tmp_path).drive(LogHook(TelemetryConfig(log_every=4, experts_every=4), BANKS), 6, reason="SIGTERM")
-    assert bench.steps == [4, 6]
-    assert [snapshot.step for snapshot in load_snapshots(tmp_path)] == [4, 6]
+@pytest.mark.parametrize(("log_every", "experts_every"), [(4, 4), (1, 4), (4, 1), (1, 1)])
+def test_a_stop_between_two_records_leaves_nothing_unsaid(tmp_path: Path, log_every: int, experts_every: int) -> None:
+    config = TelemetryConfig(log_every=log_every, experts_every=experts_every)
+    bench = Bench(tmp_path).drive(LogHook(config, BANKS), 6, reason="SIGTERM")
+    assert bench.steps[-1] == 6
+    assert sum(int(snapshot.load_LE.sum()) for snapshot in load_snapshots(tmp_path)) == 6 * 8
+    assert len(bench.steps) == len(set(bench.steps))
 
 
 def test_time_before_the_first_step_is_no_training_time(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_snapshots_hold_the_load_since_the_one_before(tmp_path: Path) -> None:
 
 
 def test_snapshots_can_be_off_and_a_dense_model_has_none(tmp_path: Path) -> None:
-    Bench(tmp_path).drive(LogHook(TelemetryConfig(experts_every=0), BANKS), 10)
+    Bench(tmp_path).drive(LogHook(TelemetryConfig(experts_every=0), BANKS), 7, reason="SIGTERM")
     Bench(tmp_path).drive(LogHook(TelemetryConfig(), []), 10)
     assert load_snapshots(tmp_path) == []
 
