@@ -8,7 +8,9 @@ EXPERIMENT ?= gpt_moe_8e
 ARGS ?=
 
 STAMP := .venv/installed-torch-$(TORCH)
-PIP := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input
+LINT_STAMP := .venv/installed-lint
+# Bytecode is left to the first import: most of what is installed is never imported.
+INSTALL := .venv/bin/python -m pip --quiet --disable-pip-version-check --no-input install --no-compile --constraint constraints.txt
 SMALL_THREADS := OMP_NUM_THREADS=1 PYTHONHASHSEED=0
 
 .DEFAULT_GOAL := help
@@ -29,8 +31,9 @@ test: $(STAMP) ## Run every CPU test
 test-slow: $(STAMP) ## Run the CPU tests that take minutes
 	@$(SMALL_THREADS) .venv/bin/python -m pytest -m "slow and not gpu" --timeout 1800
 
-check: $(STAMP) ## Lint, types and the floors of docs/design.md
+check: $(STAMP) $(LINT_STAMP) ## Lint, types and the floors of docs/design.md
 	.venv/bin/python -m ruff check .
+	.venv/bin/python -m ruff format --check .
 	.venv/bin/python -m pyright
 	.venv/bin/lint-imports
 
@@ -49,7 +52,11 @@ clean: ## Remove .venv and caches; runs, prepared corpora and exports stay
 # torch comes first and exactly: a looser requirement would let pip take a build for another device, gigabytes larger.
 $(STAMP): .venv/bin/python pyproject.toml constraints.txt
 	@echo "Installing torch $(TORCH) and everything else into .venv (a few minutes the first time)"
-	@$(PIP) install --constraint constraints.txt "torch==$(TORCH)" hatchling
-	@$(PIP) install --constraint constraints.txt "torch==$(TORCH)" --no-build-isolation --editable ".[all]"
+	@$(INSTALL) "torch==$(TORCH)" hatchling
+	@$(INSTALL) "torch==$(TORCH)" --no-build-isolation --editable ".[hf,wandb,dev]"
 	@rm -f .venv/installed-torch-*
 	@touch $(STAMP)
+
+$(LINT_STAMP): $(STAMP)
+	@$(INSTALL) "torch==$(TORCH)" --no-build-isolation --editable ".[lint]"
+	@touch $(LINT_STAMP)

@@ -20,6 +20,8 @@ from tests.unit.test_floors import imported_packages
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
+PIP = "python -m pip --quiet --disable-pip-version-check --no-input"
+INSTALL = f"{PIP} install --no-compile --constraint constraints.txt torch==2.13.0"
 
 
 def make(folder: Path, *arguments: str, path: str = SYSTEM_PATH, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -38,7 +40,7 @@ def clone(tmp_path: Path) -> Path:
     binaries.mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("python", "torchrun"):
+    for name in ("python", "torchrun", "lint-imports"):
         stub = binaries / name
         stub.write_text(
             f'#!/bin/sh\necho "{name} $*" >>"$LOG"\nenv | grep -E "^(OMP_NUM_THREADS|PYTHONHASHSEED)=" | sort >>"$LOG"\n', encoding="utf-8"
@@ -116,8 +118,18 @@ def test_every_requirement_is_pinned_for_both_pythons_except_torch():
 def test_setup_installs_torch_first_and_exactly_then_everything_pinned(clone: Path):
     result = make(clone, "setup")
     assert result.returncode == 0, result.stderr
-    pip = "python -m pip --quiet --disable-pip-version-check --no-input install --constraint constraints.txt torch==2.13.0"
-    assert commands(clone) == [f"{pip} hatchling", f"{pip} --no-build-isolation --editable .[all]"]
+    assert commands(clone) == [f"{INSTALL} hatchling", f"{INSTALL} --no-build-isolation --editable .[hf,wandb,dev]"]
+
+
+def test_check_adds_the_linters_once_then_lints_types_and_floors(clone: Path):
+    make(clone, "setup")
+    commands(clone)
+    linters = f"{INSTALL} --no-build-isolation --editable .[lint]"
+    checks = ["python -m ruff check .", "python -m ruff format --check .", "python -m pyright", "lint-imports "]
+    assert make(clone, "check").returncode == 0
+    assert commands(clone) == [linters, *checks]
+    make(clone, "check")
+    assert commands(clone) == checks
 
 
 def test_setup_does_nothing_twice_and_again_when_pins_or_torch_change(clone: Path):
