@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from transformers import AutoConfig
 
 from moetrain.base.errors import BundleError
+from moetrain.config.composition import compose, to_config
 from moetrain.convert.families import FAMILIES, choose, family_of, read_config, shortest_period, write_config
 from moetrain.model.config import ModelConfig
 from tests.unit.convert_kit import OWN, SIZES
@@ -268,3 +269,17 @@ def test_a_forced_class_must_fit_and_exist() -> None:
     with pytest.raises(BundleError, match="--architecture mixtrl") as error:
         choose(BASE["mixtral"], "mixtrl")
     assert error.value.hint == "Did you mean mixtral?"
+
+
+@pytest.mark.parametrize(
+    ("experiment", "family"), [("gpt_moe_8e_top2", "mixtral"), ("olmoe_1b_7b", "olmoe"), ("qwen3_30b_a3b", "qwen3_moe"), ("gpt_moe_8e", None)]
+)
+def test_the_shipped_experiments_have_the_class_they_promise(experiment: str, family: str | None) -> None:
+    config = to_config(compose([f"+experiment={experiment}"])).model
+    if family is None:
+        with pytest.raises(BundleError, match="The block scmoe"):
+            choose(config)
+        return
+    assert choose(config).name == family
+    back = read_config(write_config(config, FAMILIES[family], "bfloat16"), "config.json")
+    assert (back.attention, back.rope, back.blocks()) == (config.attention, config.rope, config.blocks())
