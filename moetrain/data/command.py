@@ -7,7 +7,7 @@ from pathlib import Path
 from moetrain.data.files import STDLIB
 
 
-def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Adds `data` with its subcommand `prepare`; `args.run` is set to `run`."""
     data = subparsers.add_parser("data", help="prepare text for training", description="Prepare text for training.")
     commands = data.add_subparsers(required=True, metavar="COMMAND")
