@@ -46,31 +46,46 @@ class Dispatcher(Protocol):
 
 
 @dataclass
+class LocalCounts:
+    """Rows per expert, on the host."""
+
+    count_e: Tensor
+
+
+@dataclass
 class LocalTicket:
+    """Rows of one layer, in the order of `order_P`: pairs sorted by expert."""
+
     routing: Routing
     num_tokens: int
-    order_P: Tensor  # pairs sorted by expert
+    order_P: Tensor
     rows_RD: Tensor
+    count_e: Tensor
 
 
 class LocalDispatcher:
     """All experts on this rank: a permutation and its inverse. The one-process twin of every other dispatcher."""
 
-    def announce(self, routing: Routing) -> Tensor:
-        return routing.count_EL[:, 0].cpu()
+    def announce(self, routing: Routing) -> Counts:
+        return LocalCounts(routing.count_EL.sum(1).cpu())
 
-    def send(self, x_ND: Tensor, routing: Routing, counts: Tensor) -> LocalTicket:
+    def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
+        assert isinstance(counts, LocalCounts)
         order_P = torch.argsort(routing.expert_P, stable=True)
-        return LocalTicket(routing, x_ND.shape[0], order_P, x_ND[routing.token_P[order_P]])
+        rows_RD = x_ND.index_select(0, routing.token_P[order_P])
+        return LocalTicket(routing, x_ND.shape[0], order_P, rows_RD, counts.count_e)
 
-    def receive(self, ticket: LocalTicket) -> tuple[Tensor, Tensor]:
-        return ticket.rows_RD, ticket.routing.count_EL[:, 0].cpu()
+    def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
+        assert isinstance(ticket, LocalTicket)
+        return ticket.rows_RD, ticket.count_e
 
-    def send_back(self, rows_RD: Tensor, ticket: LocalTicket) -> LocalTicket:
+    def send_back(self, rows_RD: Tensor, ticket: Ticket) -> Ticket:
+        assert isinstance(ticket, LocalTicket)
         ticket.rows_RD = rows_RD
         return ticket
 
-    def combine(self, ticket: LocalTicket) -> Tensor:
+    def combine(self, ticket: Ticket) -> Tensor:
+        assert isinstance(ticket, LocalTicket)
         return combine_pairs(ticket.rows_RD, ticket.routing, ticket.order_P, ticket.num_tokens)
 
 
@@ -81,6 +96,6 @@ def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens
     """
     back_P = torch.empty_like(order_P)
     back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    weighted_PD = rows_PD[back_P] * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
+    weighted_PD = rows_PD.index_select(0, back_P) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
     y_ND = rows_PD.new_zeros(num_tokens, rows_PD.shape[1])
     return y_ND.index_add(0, routing.token_P, weighted_PD)

@@ -15,7 +15,7 @@ from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
 from moetrain.model.config import ModelConfig
 from moetrain.model.context import ForwardContext
-from moetrain.model.gpt import GPT, BankSite, meta_model
+from moetrain.model.gpt import GPT, BankSite, GPTOutput, meta_model
 from moetrain.model.init import fill
 from moetrain.model.state import ModelState
 from moetrain.optim.adamw import AdamW, NamedParameter
@@ -134,15 +134,21 @@ class TorchEngine:
     def _backward(self, batch: Batch, total: int, sums: "StepSums") -> None:
         """Forward and backward of one micro-batch; its share of the global loss is its sum / total."""
         context = self._context(batch, dict(zip(self.config.banks(), sums.carried_load, strict=True)))
-        with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(batch.tokens_BS, context)
+        output = self._forward(batch, context)
         nats = loss_sum(output.logits_BSV, batch)
         routing = self.config.routing
         loss = nats
         for stats in output.stats:
             loss = loss + routing.auxiliary_loss_weight * stats.auxiliary + routing.z_loss_weight * stats.z
-        (loss / max(total, 1)).backward()
+        with self.world.watch.operation("the backward pass"):
+            (loss / max(total, 1)).backward()
         sums.add(nats, batch, output.stats)
+
+    def _forward(self, batch: Batch, context: ForwardContext) -> GPTOutput:
+        """Named for the watch as a whole: FSDP2 makes its own collectives in it."""
+        autocast = torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with self.world.watch.operation("the forward pass"), autocast:
+            return self.model(batch.tokens_BS, context)
 
     def _context(self, batch: Batch, carried_load: dict[str, Tensor]) -> ForwardContext:
         return ForwardContext(
@@ -169,8 +175,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
-        with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
-            output = self.model(batch.tokens_BS, self._context(batch, {}))
+        output = self._forward(batch, self._context(batch, {}))
         sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()
         return LossSums(nats, int(num_tokens))

@@ -150,7 +150,13 @@ def divisors(n: int) -> list[int]:
 
 
 def make_plan(
-    model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, axes: Axes, batch: Batch, saving: Saving, tokens: int,
+    model: ModelConfig,
+    parallel: ParallelConfig,
+    engine: EngineConfig,
+    axes: Axes,
+    batch: Batch,
+    saving: Saving,
+    tokens: int,
     notes: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a checked configuration. `engine.autocast=auto` is planned as on a GPU: bfloat16."""

@@ -19,14 +19,14 @@ def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:
 
 def faster_in_bfloat16(device: torch.device) -> bool:
     """CUDA: compute capability 8 and up. CPU: a small matmul is timed in both types, since CPUs without bfloat16 units
-    emulate it a hundred times slower."""
+    emulate it a hundred times slower; the best of several, since a busy core can make any one look slow."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(256, 256, dtype=dtype)
-        x @ x
-        start = time.perf_counter()
-        x @ x
-        seconds[dtype] = time.perf_counter() - start
-    return seconds[torch.bfloat16] < 0.8 * seconds[torch.float32]
+    single, half = (min(_seconds(torch.ones(256, 256, dtype=dtype)) for _ in range(5)) for dtype in (torch.float32, torch.bfloat16))
+    return half < 0.8 * single
+
+
+def _seconds(x: torch.Tensor) -> float:
+    start = time.perf_counter()
+    x @ x
+    return time.perf_counter() - start
