@@ -3,10 +3,13 @@
 import gzip
 import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
+
+import zstandard
 
 from moetrain.base.errors import DataError
 from moetrain.data.files import SourceFile
@@ -34,7 +37,7 @@ def read_documents(files: Iterable[SourceFile], skipped: Counter[str], advance: 
                     text = _text(raw, skipped)
                     if text:
                         yield Document(path, text)
-        except (OSError, EOFError) as error:  # gzip reports damage as either
+        except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:  # the first three from gzip
             raise DataError(f"The source file {file.path} cannot be read: {error}.", "Check that it is whole and readable.") from error
 
 
@@ -69,8 +72,6 @@ def _open(file: SourceFile, advance: Callable[[int], object]) -> BinaryIO:
     if file.compression == "gz":
         return gzip.GzipFile(fileobj=raw)  # pyright: ignore[reportReturnType]
     if file.compression == "zst":
-        import zstandard
-
         return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True))  # pyright: ignore
     return raw
 

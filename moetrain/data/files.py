@@ -27,7 +27,6 @@ _STDLIB_BUILD_RECORDS = ("_sysconfigdata", "config-")
 class SourceFile:
     """One file of a source. `name` is its path relative to the source, with slashes: what the split is decided by."""
 
-    source: str
     name: str
     path: Path
     num_bytes: int
@@ -60,10 +59,10 @@ def list_files(sources: Iterable[str], left_out: Path | None = None) -> list[Sou
 
 
 def fingerprint(files: Iterable[SourceFile]) -> str:
-    """Changes when a file appears, disappears or changes its size; the same on every machine with the same files."""
+    """Changes when a file appears, disappears or changes its size; the same wherever the files lie."""
     digest = hashlib.sha256()
     for file in files:
-        digest.update(f"{file.source}\0{file.name}\0{file.num_bytes}\n".encode(errors="surrogateescape"))
+        digest.update(f"{file.name}\0{file.num_bytes}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
@@ -72,13 +71,13 @@ def _files_of(source: str, left_out: Path | None) -> list[SourceFile]:
         return stdlib_files()
     path = Path(source)
     if path.is_dir():
-        files = [_source_file(path.resolve().name, path, found) for found in _walk(path, left_out)]
+        files = [_source_file(path, found) for found in _walk(path, left_out)]
         if not files:
             raise DataError(f"The folder {source} holds no files.", "Hidden files and folders are not read.")
         return files
     if not path.exists():
         raise DataError(f"The source {source} does not exist.", f"Give a file, a folder, or the word {STDLIB}.")
-    file = _source_file(path.name, path.parent, path)
+    file = _source_file(path.parent, path)
     if file.suffix and file.suffix not in TEXT + RECORDS:
         known = f"{', '.join(RECORDS)}, text files such as .txt .md .py, and any of these with {' or '.join(COMPRESSED)}"
         hint = f"Known: {known}. A folder as source is read file by file whatever the suffix."
@@ -90,7 +89,7 @@ def stdlib_files() -> list[SourceFile]:
     """The standard library's own Python files on this machine: no tests, no tables (`encodings`, `pydoc_data`), no installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
     return [
-        _source_file(STDLIB, root, path)
+        _source_file(root, path)
         for path in _walk(root, None)
         if path.suffix == ".py" and not path.is_symlink() and not _is_left_out(path.relative_to(root))
     ]
@@ -115,5 +114,5 @@ def _walk(root: Path, left_out: Path | None) -> Iterator[Path]:
     return iter(sorted(found, key=lambda path: path.relative_to(root).as_posix()))
 
 
-def _source_file(source: str, root: Path, path: Path) -> SourceFile:
-    return SourceFile(source, path.relative_to(root).as_posix(), path, path.stat().st_size)
+def _source_file(root: Path, path: Path) -> SourceFile:
+    return SourceFile(path.relative_to(root).as_posix(), path, path.stat().st_size)

@@ -10,6 +10,7 @@ from moetrain.data.batch import Batch, make_batch
 from moetrain.data.blend import Blend
 from moetrain.data.config import DataConfig
 from moetrain.data.corpus import Corpus
+from moetrain.data.megatron import import_megatron
 from moetrain.data.source import Barrier, CorpusSamples
 
 INDEX_FOLDER = "index"
@@ -44,6 +45,7 @@ class TrainLoader(Iterator[list[Batch]]):
         if global_batch_size < 1 or per_round < 1 or global_batch_size % per_round:
             rule = f"the global batch of {global_batch_size} samples is no multiple of it times {dp_size} data-parallel ranks"
             raise ConfigError.of("train.micro_batch_size", micro_batch_size, rule, "Use a divisor, or 0 to have it chosen.")
+        import_megatron()
         self.consumed_samples = consumed_samples  # includes the step that `next` returned last
         self.num_micro_batches = global_batch_size // per_round
         self._global_batch_size = global_batch_size

@@ -10,6 +10,12 @@ import numpy as np
 from torch import Tensor
 
 
+def import_megatron() -> None:
+    """Takes seconds: ranks that will wait for each other import at the same time, before they do."""
+    with _quiet_import():
+        import megatron.core.datasets.gpt_dataset  # noqa: F401
+
+
 class IndexedWriter:
     """Writes `prefix`.bin and .idx, one sequence per document; uint16 where the vocabulary allows."""
 

@@ -8,17 +8,13 @@ from functools import cached_property
 from pathlib import Path
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
 from moetrain.base.errors import BundleError, ConfigError, DataError
 
 END_TOKEN = "<|end|>"
 MIN_VOCAB_SIZE = 257  # every byte and the end-of-document token
 FILE = "tokenizer.json"
-
-# A line break takes the indentation behind it and the punctuation before it along, so `):` + newline + eight spaces can be one token;
-# a word takes one leading space, dot or underscore. Measured on Python source at 4096 tokens: 3.93 bytes per token (GPT-2's rule: 3.62).
-_PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n][\r\n \t]*)?|\s*[\r\n][\r\n \t]*|[ \t]+(?!\S)|\s+"
 
 # What foreign tokenizers call the token behind a document, if no tokenizer_config.json says it.
 _END_NAMES = (END_TOKEN, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
@@ -47,7 +43,7 @@ class Tokenizer:
         if vocab_size < MIN_VOCAB_SIZE:
             rule = f"256 bytes and the end-of-document token need {MIN_VOCAB_SIZE}"
             raise ConfigError.of("vocab_size", vocab_size, rule, "Use tokenizer=byte for the smallest vocabulary.")
-        core = _byte_level(models.BPE(), pre_tokenizers.Split(Regex(_PIECES), "isolated"))
+        core = _byte_level(models.BPE(), use_regex=True)
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
             special_tokens=[AddedToken(END_TOKEN, special=True, normalized=False)],
@@ -61,7 +57,7 @@ class Tokenizer:
     def byte(cls) -> "Tokenizer":
         """Token id = byte value, and 256 for the end of a document."""
         vocab = {character: byte for character, byte in _byte_of_character().items()}
-        return cls(_byte_level(models.BPE(vocab=vocab, merges=[])), END_TOKEN)
+        return cls(_byte_level(models.BPE(vocab=vocab, merges=[]), use_regex=False), END_TOKEN)
 
     @classmethod
     def load(cls, path: Path | str) -> "Tokenizer":
@@ -155,9 +151,14 @@ class StreamDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-def _byte_level(model: models.BPE, *first: pre_tokenizers.PreTokenizer) -> tokenizers.Tokenizer:
+def _byte_level(model: models.BPE, use_regex: bool) -> tokenizers.Tokenizer:
+    """With GPT-2's rule for what may merge: a word with one space in front, a run of digits, of signs, or of white space.
+
+    Measured on the standard library at 4096 tokens: rules that glue line breaks, dots and brackets on give up to 9 % more bytes per token,
+    but a small model trained on equally many tokens then needs 1.6 % more bits per byte: it has more to learn per token.
+    """
     core = tokenizers.Tokenizer(model)
-    core.pre_tokenizer = pre_tokenizers.Sequence([*first, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
     core.decoder = decoders.ByteLevel()
     return core
 

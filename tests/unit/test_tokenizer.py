@@ -62,9 +62,9 @@ def test_byte_ids_are_byte_values() -> None:
     assert (BYTE.end_id, BYTE.vocab_size, BYTE.is_byte, BPE.is_byte) == (256, 257, True, False)
 
 
-def test_indentation_and_line_break_become_one_token() -> None:
-    assert len(BPE.encode("\n        ")) == 1
-    assert len(BPE.encode(":\n        ")) == 1
+def test_a_line_break_and_its_indentation_are_one_token_and_the_word_keeps_its_space() -> None:
+    ids = BPE.encode("\n        return")
+    assert [BPE.decode([index]) for index in ids] == ["\n       ", " return"]
 
 
 def test_training_twice_gives_the_same_tokenizer() -> None:
