@@ -272,7 +272,8 @@ def test_a_forced_class_must_fit_and_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("experiment", "family"), [("gpt_moe_8e_top2", "mixtral"), ("olmoe_1b_7b", "olmoe"), ("qwen3_30b_a3b", "qwen3_moe"), ("gpt_moe_8e", None)]
+    ("experiment", "family"),
+    [("gpt_moe_8e_top2", "mixtral"), ("olmoe_1b_7b", "olmoe"), ("qwen3_30b_a3b", "qwen3_moe"), ("gpt_moe_8e", None)],
 )
 def test_the_shipped_experiments_have_the_class_they_promise(experiment: str, family: str | None) -> None:
     config = to_config(compose([f"+experiment={experiment}"])).model
