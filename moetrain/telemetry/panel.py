@@ -48,7 +48,7 @@ def progress_row(status: RunStatus, now: float, width: int) -> Table:
     """Step, bar, share done, time gone, time left."""
     left = status.seconds_left(now)
     gone = f"{duration(now - status.started)} gone"
-    remaining = f"{duration(left)} left" if math.isfinite(left) else "measuring"
+    remaining = "done" if status.fraction == 1 else f"{duration(left)} left" if math.isfinite(left) else "measuring"
     row = Table.grid(padding=(0, 1), expand=True)
     row.add_column(no_wrap=True, style="bold")
     row.add_column(ratio=1)

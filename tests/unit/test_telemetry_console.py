@@ -126,6 +126,11 @@ def test_live_and_lines_show_the_same_fields() -> None:
         assert word in live, word
 
 
+def test_the_last_step_has_no_time_left() -> None:
+    first_line = rendered(status_of(STEP | {"train/step": 40}), 80, 24)[1]
+    assert "done" in first_line and "left" not in first_line
+
+
 def test_before_the_first_step_nothing_is_invented() -> None:
     live = "\n".join(rendered(status_of(), 80, 24))
     assert "0/40" in live
