@@ -33,7 +33,7 @@ def as_config_error(error: Exception) -> ConfigError:
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
         return _no_override(error)
-    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__
+    cause = error if isinstance(error, OmegaConfBaseException) else error.__cause__ or error.__context__
     if isinstance(cause, OmegaConfBaseException):
         return _bad_key_or_value(str(error), cause)
     return _bad_override(error)
@@ -51,7 +51,7 @@ def suggest(key: str) -> str:
     elsewhere = [known for known in keys if known.rpartition(".")[2] == leaf]
     if elsewhere:
         return f"Did you mean {' or '.join(elsewhere[:3])}?"
-    similar = difflib.get_close_matches(key, [known for known in keys if known != parent], n=1, cutoff=0.6)
+    similar = [] if siblings else difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
     if similar:
         return f"Did you mean {similar[0]}?"
     return f"Possible: {', '.join(names)}." if names else f"Possible: {', '.join(item.name for item in fields(TrainConfig))}."

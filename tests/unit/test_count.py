@@ -17,8 +17,14 @@ from moetrain.routing.config import RoutingConfig
 def tiny(**changes: object) -> ModelConfig:
     """D=8, H=G=2, d=4, F=16, V=32, E=4, K=2; one layer unless changed."""
     values: dict[str, object] = {
-        "vocab_size": 32, "hidden_size": 8, "num_layers": 1, "pattern": ["moe"], "ffn_size": 16, "expert_ffn_size": 12,
-        "shared_ffn_size": 10, "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4),
+        "vocab_size": 32,
+        "hidden_size": 8,
+        "num_layers": 1,
+        "pattern": ["moe"],
+        "ffn_size": 16,
+        "expert_ffn_size": 12,
+        "shared_ffn_size": 10,
+        "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=4),
         "routing": RoutingConfig(num_experts=4, top_k=2),
     }
     return ModelConfig(**(values | changes))  # pyright: ignore[reportArgumentType]
