@@ -17,7 +17,7 @@ from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import lay_out, my_parts
-from moetrain.checkpoint.process import WriterDied, WriterProcess
+from moetrain.checkpoint.process import Writer, WriterDied, WriterProcess
 from moetrain.checkpoint.recover import Agree, LoadReport, agreed_choice, from_rank_zero, restore
 from moetrain.checkpoint.select import rotation
 from moetrain.model.state import ModelState
@@ -35,11 +35,15 @@ class Status:
     committed_seq: int | None = None
     committed_step: int | None = None
     pending_seq: int | None = None
-    num_bytes: int = 0
-    seconds: float = 0.0  # from the filled arena to the commit
+    committed_bytes: int = 0
+    committed_seconds: float = 0.0  # from the filled arena to the commit
     oldest_expert_steps: int = 0
     failures: int = 0
     last_failure: str = ""
+
+    @property
+    def pending(self) -> bool:
+        return self.pending_seq is not None
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,22 @@ class Checkpointer:
     any more. To only read a checkpoint, use `recover.agreed_choice` and `recover.restore`.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock) -> None:
-        """Every rank constructs it; `agree` is called once. Raises CheckpointError when the folder cannot be written."""
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, writer: Writer | None = None
+    ) -> None:
+        """Every rank constructs it; `agree` is called once. `writer`: None for the rank's own process.
+
+        Raises CheckpointError when the folder cannot be written.
+        """
         self._config, self._rank, self._world, self._agree, self._clock = config, rank, world, agree, clock
-        self._folder = CheckpointFolder(folder, Io())
+        self._folder = CheckpointFolder(folder.absolute(), Io())
         first = from_rank_zero(rank, agree, lambda: str(self._folder.claim(clock.now())))
         save = SaveId.parse(first or "")
         assert save is not None
         self._next = save
         self._line = Line()
         self._attempts: dict[SaveId, Line] = {}
-        self._writer = WriterProcess()
+        self._writer = writer or WriterProcess()
         self._arena: Arena | None = None
         self._pending: Pending | None = None
         self._status = Status()
@@ -266,8 +275,8 @@ class Checkpointer:
                 self._status,
                 committed_seq=job.save.seq,
                 committed_step=job.step,
-                num_bytes=reply.num_bytes,
-                seconds=reply.seconds,
+                committed_bytes=reply.num_bytes,
+                committed_seconds=reply.seconds,
                 oldest_expert_steps=reply.oldest_expert_steps,
             )
             return

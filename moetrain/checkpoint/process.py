@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import moetrain
 from moetrain.checkpoint.job import Reply, SaveJob
@@ -14,6 +15,18 @@ from moetrain.checkpoint.writer import receive, send
 
 class WriterDied(Exception):
     """The writer process ended before it answered."""
+
+
+class Writer(Protocol):
+    """Takes a save from a filled arena to its outcome."""
+
+    def run(self, job: SaveJob, arena: int, limit_seconds: float) -> Reply:
+        """Waits; the arena (a descriptor) must not change before this returns. Raises WriterDied."""
+        ...
+
+    def stop(self, wait_seconds: float = 10.0) -> str:
+        """Ends it after its present job. Returns how it ended."""
+        ...
 
 
 class WriterProcess:

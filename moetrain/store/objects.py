@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
@@ -122,7 +123,8 @@ class CheckpointFolder:
         folder = self._receipts / str(save)
         self.io.mkdir(folder)
         self._put_new(folder / ABANDONED, seal(json.dumps({"reason": reason}).encode()))
-        self.io.remove_tree(self._objects / str(save))
+        with suppress(OSError):  # a late rank may still be writing there; a later sweep takes what is left
+            self.io.remove_tree(self._objects / str(save))
 
     def outcome(self, save: SaveId) -> bool | None:
         """True: committed, False: abandoned, None: not known yet."""

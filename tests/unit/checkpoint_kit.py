@@ -1,0 +1,143 @@
+"""A small training state at any layout, ranks simulated in one process, and a writer without a process."""
+
+import os
+from pathlib import Path
+from zlib import crc32
+
+import torch
+
+from moetrain.base.clock import SystemClock
+from moetrain.checkpoint.checkpointer import Checkpointer, Pending
+from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.job import Reply, SaveJob
+from moetrain.checkpoint.process import Writer, WriterDied
+from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.writer import handle, map_arena
+from moetrain.model.state import Box, Fragment, ModelState, assemble
+from moetrain.routing.placement import Placement
+from moetrain.store.io import Io
+
+BANKS = ("blocks.0.moe.experts", "blocks.1.moe.experts")
+NUM_EXPERTS = 4
+DENSE = {"embedding.weight": (11, 3), "final_norm.weight": (3,)}
+EXPERT = {"gate_up_proj": (4, 3), "down_proj": (3, 2)}
+
+
+def logical(key: str, component: str, shape: tuple[int, ...], version: int) -> torch.Tensor:
+    """The value of a whole tensor: depends on its key and the version only."""
+    if component == "step":
+        return torch.tensor(version)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(crc32(f"{key} {version}".encode())))
+
+
+def fragment(name: str, component: str, bank: str | None, expert: int | None, shape, box: Box, holders, version: int) -> Fragment:
+    made = Fragment(name, component, bank, expert, shape, box, tuple(holders), torch.empty(0))
+    where = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape, strict=True))
+    made.data = logical(made.key, component, shape, version)[where].clone()
+    return made
+
+
+def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False) -> ModelState:
+    """What one rank holds after `version` steps. `sharded`: dense parameters cut along dim 0 over all ranks, some shards empty."""
+    state = []
+    for name, shape in DENSE.items():
+        for component in ("master", "m", "v", "step"):
+            if component == "step":
+                state.append(fragment(name, component, None, None, (), Box.whole(()), range(world), version))
+            elif not sharded:
+                state.append(fragment(name, component, None, None, shape, Box.whole(shape), range(world), version))
+            elif (size := min(shape[0], (rank + 1) * -(-shape[0] // world)) - (start := rank * -(-shape[0] // world))) > 0:
+                box = Box((start,) + (0,) * (len(shape) - 1), (size, *shape[1:]))
+                state.append(fragment(name, component, None, None, shape, box, [rank], version))
+    holders = [other for other in range(world) if other % ep == rank % ep]
+    for bank in BANKS:
+        for expert in Placement.balanced(NUM_EXPERTS, ep, seed=ep).experts[rank % ep]:
+            for name, shape in EXPERT.items():
+                for component in ("master", "m", "v", "step"):
+                    of = () if component == "step" else shape
+                    state.append(fragment(f"{bank}.{name}", component, bank, expert, of, Box.whole(of), holders, version))
+    return state
+
+
+class LocalWriter:
+    """The writer's work in this process, over an Io that a test may make fail. `dead`: what a killed writer looks like."""
+
+    def __init__(self, io: Io | None = None) -> None:
+        self.io = io or Io()
+        self.dead = False
+
+    def run(self, job: SaveJob, arena: int, limit_seconds: float) -> Reply:
+        if self.dead:
+            raise WriterDied("the writer process ended (exit code -9)")
+        return handle(job, map_arena(os.dup(arena)), self.io, SystemClock(), lambda: True)
+
+    def stop(self, wait_seconds: float = 10.0) -> str:
+        return "stopped"
+
+
+class Spread:
+    """`agree` for ranks that are called one after the other: rank 0 first."""
+
+    def __init__(self) -> None:
+        self.said: list[object] = []
+        self.heard = [0] * 16
+
+    def of(self, rank: int):
+        def agree(value: object) -> object:
+            if rank == 0:
+                self.said.append(value)
+                return value
+            self.heard[rank] += 1
+            return self.said[self.heard[rank] - 1]
+
+        return agree
+
+
+class Job:
+    """All ranks of one training job on one checkpoint folder."""
+
+    def __init__(self, folder: Path, world: int, ep: int, sharded: bool = False, **config: object) -> None:
+        self.world, self.ep, self.sharded = world, ep, sharded
+        self.writers: list[LocalWriter] = [LocalWriter() for _ in range(world)]
+        spread = Spread()
+        self.settings = CheckpointConfig(**config)  # type: ignore[arg-type]
+        self.ranks = [Checkpointer(folder, self.settings, r, world, spread.of(r), SystemClock(), self.writer(r)) for r in range(world)]
+
+    def writer(self, rank: int) -> Writer:
+        return self.writers[rank]
+
+    def states(self, version: int) -> list[ModelState]:
+        return [state_of(rank, self.world, self.ep, version, self.sharded) for rank in range(self.world)]
+
+    def start(self, version: int, full: bool = False) -> list[Pending]:
+        """Every rank begins to save the state of this version."""
+        progress = {"step": version, "samples": 8 * version}
+        states = self.states(version)
+        return [rank.save(state, progress, full=full) for rank, state in zip(self.ranks, states, strict=True)]
+
+    def save(self, version: int, full: bool = False) -> list[Pending]:
+        pending = self.start(version, full)
+        for one in pending:
+            assert one.done.wait(100)
+        return pending
+
+    def load(self, at: str = "auto") -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
+        """What rank 0 reports, and the whole tensors all ranks have afterwards."""
+        states = self.states(-1)
+        reports = [rank.load(state, at) for rank, state in zip(self.ranks, states, strict=True)]
+        return reports[0], assemble([piece for state in states for piece in state])
+
+
+def expected(version: int, experts: dict[tuple[str, int], int] | None = None) -> dict[str, torch.Tensor]:
+    """Whole tensors of a state of one version, some experts of other versions."""
+    whole = {}
+    for piece in state_of(0, 1, 1, version):
+        of = (experts or {}).get((piece.bank or "", piece.expert if piece.expert is not None else -1), version)
+        whole[piece.key] = logical(piece.key, piece.component, piece.logical_shape, of)
+    return whole
+
+
+def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    different = [key for key in wanted if not torch.equal(found[key], wanted[key])]
+    assert not different

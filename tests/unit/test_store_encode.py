@@ -1,0 +1,144 @@
+"""Our Zarr v3 arrays: what we write zarr-python reads, and what was damaged we refuse."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import zarr
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moetrain.base.errors import CheckpointError
+from moetrain.store import encode as module
+from moetrain.store.encode import DATA, METADATA, ArrayReader, encode, stored_dtype
+from moetrain.store.io import Io
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    monkeypatch.setattr(module, "CHUNK_BYTES", 64)
+
+
+def write(folder, values, **attributes):
+    encoded = encode(values, dict(attributes))
+    folder.mkdir()
+    Io().write_new(folder / METADATA, [encoded.metadata])
+    if encoded.data:
+        Io().write_new(folder / DATA, encoded.data)
+    return folder
+
+
+def numbers(dtype, size):
+    return (np.random.default_rng(size).random(size) * 100).astype(stored_dtype(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64", "uint8", "bool"])
+@pytest.mark.parametrize("size", [0, 1, 15, 16, 17, 1000])
+def test_zarr_python_and_we_read_the_same_values(tmp_path, small_chunks, dtype, size):
+    values = numbers(dtype, size)
+    folder = write(tmp_path / "blocks.0.moe.experts.3.float32", values, step=7)
+    array = zarr.open_array(folder, mode="r")
+    assert np.array_equal(array[:], values)
+    assert array.attrs["step"] == 7
+    reader = ArrayReader(folder, Io())
+    assert np.array_equal(reader.read(0, size), values)
+    assert reader.attributes == {"step": 7}
+    assert array.dtype == reader.dtype
+
+
+def test_chunks_of_the_usual_size_are_read_by_both(tmp_path):
+    values = numbers("float32", (9 << 20) // 4)
+    folder = write(tmp_path / "a", values)
+    array = zarr.open_array(folder, mode="r")
+    assert np.array_equal(array[:], values)
+    assert np.array_equal(ArrayReader(folder, Io()).read(5, values.size - 5), values[5:])
+    assert array.chunks[0] * 4 <= module.CHUNK_BYTES
+
+
+@given(size=st.integers(1, 300), data=st.data())
+def test_any_range_is_what_was_written(tmp_path_factory, size, data):
+    start = data.draw(st.integers(0, size))
+    count = data.draw(st.integers(0, size - start))
+    values = numbers("float32", size)
+    original, module.CHUNK_BYTES = module.CHUNK_BYTES, 64
+    try:
+        folder = write(tmp_path_factory.mktemp("range") / "a", values)
+        assert np.array_equal(ArrayReader(folder, Io()).read(start, count), values[start : start + count])
+    finally:
+        module.CHUNK_BYTES = original
+
+
+def test_padding_and_fill_value_of_floats_are_nan(tmp_path, small_chunks):
+    folder = write(tmp_path / "a", np.zeros(17, np.float32))
+    assert json.loads((folder / METADATA).read_bytes())["fill_value"] == "NaN"
+    stored = np.frombuffer((folder / DATA).read_bytes()[40:76], np.float32)  # the second chunk: 8 values and one of padding
+    assert np.isnan(stored).tolist() == [False] * 8 + [True]
+    array = zarr.open_array(folder, mode="r")
+    assert np.isnan(array.fill_value)
+    (folder / DATA).unlink()
+    assert np.isnan(array[:]).all()  # another reader's lost chunk is loud
+
+
+def test_every_flipped_bit_is_an_error(tmp_path, small_chunks):
+    folder = write(tmp_path / "a", numbers("float32", 40), step=1)
+    good = (folder / DATA).read_bytes()
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= 1 << position % 8
+        (folder / DATA).write_bytes(bytes(bad))
+        with pytest.raises(CheckpointError, match="damaged"):
+            ArrayReader(folder, Io()).read(0, 40)
+
+
+@pytest.mark.parametrize("length", [0, 1, 63, 100])
+def test_short_and_empty_files_are_errors(tmp_path, small_chunks, length):
+    folder = write(tmp_path / "a", numbers("float32", 40))
+    os.truncate(folder / DATA, length)
+    with pytest.raises(CheckpointError, match=f"it has {length} bytes"):
+        ArrayReader(folder, Io())
+
+
+def test_a_chunk_the_index_calls_missing_is_an_error(tmp_path, small_chunks):
+    values = numbers("float32", 40)
+    folder = write(tmp_path / "a", values)
+    data = (folder / DATA).read_bytes()
+    index = np.full((3, 2), 2**64 - 1, "<u8").tobytes()
+    (folder / DATA).write_bytes(data[: -len(index) - 4] + index + module.checksum(index))
+    assert np.isnan(zarr.open_array(folder, mode="r")[:]).all()
+    with pytest.raises(CheckpointError, match="missing chunk"):
+        ArrayReader(folder, Io())
+
+
+@pytest.mark.parametrize("file", [DATA, METADATA])
+def test_a_missing_file_is_named(tmp_path, file):
+    folder = write(tmp_path / "a", numbers("float32", 4))
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError, match=f"{file} is missing"):
+        ArrayReader(folder, Io())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"shape": [4]}', '{"shape": [4], "data_type": "nonsense", "attributes": {}}'])
+def test_damaged_descriptions_are_errors(tmp_path, text):
+    folder = write(tmp_path / "a", numbers("float32", 4))
+    (folder / METADATA).write_text(text)
+    with pytest.raises(CheckpointError, match=r"zarr\.json"):
+        ArrayReader(folder, Io())
+
+
+def test_only_the_chunks_of_a_range_are_read(tmp_path, small_chunks):
+    values = numbers("float32", 160)
+    folder = write(tmp_path / "a", values)
+    data = bytearray((folder / DATA).read_bytes())
+    data[-200] ^= 1  # in the last chunk
+    (folder / DATA).write_bytes(bytes(data))
+    assert np.array_equal(ArrayReader(folder, Io()).read(0, 16), values[:16])
+    with pytest.raises(CheckpointError, match="chunk 9"):
+        ArrayReader(folder, Io()).read(150, 10)
+
+
+def test_short_writes_are_continued(tmp_path, monkeypatch):
+    real = os.writev
+    monkeypatch.setattr(os, "writev", lambda fd, views: real(fd, [views[0][:3]]))
+    Io().write_new(tmp_path / "a", [b"hello", b"", b"world"])
+    assert (tmp_path / "a").read_bytes() == b"helloworld"
