@@ -25,7 +25,7 @@ from moetrain.dist.mesh import Mesh, auto_ep
 from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.model.count import training_flops_per_token
-from moetrain.parallel.engine import TorchEngine
+from moetrain.parallel.native import TorchEngine
 from moetrain.store.io import Io
 from moetrain.store.objects import CheckpointFolder
 from moetrain.telemetry.env import write_env

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from moetrain.data.prepare import held_out_documents
+from moetrain.data.manifest import read_held_out
 from moetrain.text.tokenizer import Tokenizer
 
 
 def bits_per_byte(prepared: Path, split: str) -> dict[str, float]:
     """Bits per held-out byte of each coder, and the number of bytes."""
-    texts = [text.encode() for _, text in held_out_documents(prepared, split)]
+    texts = [document.text.encode() for document in read_held_out(prepared, split)]
     num_bytes = sum(map(len, texts))
     whole = b"".join(texts)
     return {

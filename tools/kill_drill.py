@@ -17,7 +17,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moetrain.checkpoint.history import newest_step
+from moetrain.store.io import Io
+from moetrain.store.objects import CheckpointFolder
 
 
 @dataclass
@@ -29,6 +30,13 @@ class Kill:
     committed_step: int | None  # newest in the folder after the kill
     resumed_step: int | None = None  # where the next start went on; None: from scratch
     leftover_processes: int = 0
+
+
+def newest_step(folder: Path) -> int | None:
+    """The step of the newest committed recovery point."""
+    checkpoint = CheckpointFolder(folder / "checkpoint", Io())
+    saves = checkpoint.saves()
+    return checkpoint.manifest(saves[0]).step if saves else None
 
 
 def command(ranks: int, overrides: list[str]) -> list[str]:
@@ -95,12 +103,13 @@ def drill(options: argparse.Namespace, folder: Path) -> list[Kill]:
         seen = len(resume_steps(folder))
         if not kill_one(job, after, choose):
             raise SystemExit(f"The job ended with code {job.returncode} before the kill: give it more train.tokens. See {options.log}.")
-        kill = Kill(on, round(after, 2), newest_step(folder / "checkpoint"))
+        kill = Kill(on, round(after, 2), newest_step(folder))
         resumed = resume_steps(folder)[seen:]
         kills.append(kill)
         if len(kills) > 1 and resumed:
             kills[-2].resumed_step = resumed[0]
-        print(f"kill {len(kills):2}: {on} ranks, after {after:5.1f} s, committed step {kill.committed_step}, this start had resumed at {resumed}", flush=True)
+        went_on = f"this start had resumed at {resumed[0]}" if resumed else "this start had not begun to train"
+        print(f"kill {len(kills):2}: {on} ranks, after {after:5.1f} s, committed step {kill.committed_step}, {went_on}", flush=True)
     return kills
 
 
@@ -121,10 +130,11 @@ def main() -> int:
     code = start(2, options.overrides, options.log).wait()
     last = resume_steps(options.folder)[seen:]
     kills[-1].resumed_step = last[0] if last else None
-    done = newest_step(options.folder / "checkpoint")
+    done = newest_step(options.folder)
     wrong = [kill for kill in kills if kill.resumed_step is not None and kill.resumed_step != kill.committed_step]
     ok = code == 0 and not wrong
-    print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit; the last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")
+    print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit.")
+    print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")
     if options.json:
         result = {"command": sys.argv, "ok": ok, "final_step": done, "kills": [asdict(kill) for kill in kills]}
         options.json.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""What travels beside the hidden state through one forward. B sequences, S tokens, T cached keys, G key/value heads, d head_dim, N = B*S."""
+"""What travels beside the hidden state through one forward.
+
+B sequences, S tokens, T cached keys, G key/value heads, d head_dim, N = B*S.
+"""
 
 from dataclasses import dataclass, field
 from typing import Protocol

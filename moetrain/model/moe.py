@@ -19,6 +19,8 @@ from moetrain.routing.types import Routing, RoutingContext, RoutingStats
 class Router(nn.Module):
     """Linear gate, computed in float32 (float64 in a float64 model) whatever autocast says."""
 
+    balance_bias: Tensor | None
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.routing.num_experts, config.hidden_size))
@@ -70,7 +72,7 @@ class MoE(nn.Module):
         return self.dispatcher.combine(ticket).view(like_BSD.shape).to(like_BSD.dtype)
 
     def shared_update(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        """The shared expert, times its gate (CG-1 of arXiv 2404.05019) if there is one; x_BSD as the shared expert reads it, before its own norm."""
+        """The shared expert on x_BSD (before its own norm, if it has one), times its gate (CG-1 of arXiv 2404.05019) if there is one."""
         update_BSD = run(self.shared, x_BSD, recompute=context.recompute)
         if self.shared_gate is None:
             return update_BSD

@@ -13,7 +13,7 @@ from moetrain.model.shapes import check_tensors
 from moetrain.model.state import ModelState
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
-from moetrain.parallel.engine import TorchEngine
+from moetrain.parallel.native import TorchEngine
 from moetrain.store.bundle import Bundle
 
 

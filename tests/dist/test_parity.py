@@ -4,7 +4,7 @@ After the first update Adam's first moment is (1 - beta1) times the clipped grad
 gradient without reaching into the engine.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from moetrain.model.config import AttentionConfig, ModelConfig
 from moetrain.model.state import Fragment, assemble
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
-from moetrain.parallel.engine import StepResult, TorchEngine
+from moetrain.parallel.engine import StepResult
+from moetrain.parallel.native import TorchEngine
 from moetrain.routing.config import RoutingConfig
 from tests.kit import run_ranks
 
@@ -53,7 +54,8 @@ SINGLE = [Fold(ep, dense, 3, dtype="float32") for ep, dense in ((1, "replicate")
 
 def model_config(fold: Fold) -> ModelConfig:
     routing = RoutingConfig(
-        num_experts=fold.num_experts, top_k=2, auxiliary_loss_weight=0.05, auxiliary_loss_scope=fold.scope, z_loss_weight=0.01, bias_update_rate=0.01
+        num_experts=fold.num_experts, top_k=2, auxiliary_loss_weight=0.05, auxiliary_loss_scope=fold.scope, z_loss_weight=0.01,
+        bias_update_rate=0.01,
     )  # fmt: skip
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, qk_norm="head", bias=True)
     return ModelConfig(
@@ -86,7 +88,7 @@ class Outcome:
 
 
 def detached(fragments: list[Fragment]) -> list[Fragment]:
-    return [Fragment(f.name, f.component, f.bank, f.expert, f.logical_shape, f.box, f.holders, f.data.detach().clone()) for f in fragments]
+    return [replace(fragment, data=fragment.data.detach().clone()) for fragment in fragments]
 
 
 def train(world: World, fold: Fold, ranks: int) -> Outcome:

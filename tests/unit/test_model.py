@@ -153,11 +153,11 @@ def test_recomputation_routes_and_sends_only_once() -> None:
     calls: list[str] = []
 
     class Counting(LocalDispatcher):
-        def send(self, *inputs):  # noqa: ANN002, ANN202
+        def send(self, *inputs):
             calls.append("send")
             return super().send(*inputs)
 
-        def send_back(self, *inputs):  # noqa: ANN002, ANN202
+        def send_back(self, *inputs):
             calls.append("send_back")
             return super().send_back(*inputs)
 
@@ -201,10 +201,11 @@ def test_sliding_window_forgets_what_left_it() -> None:
 
 def test_initial_values_depend_on_seed_name_and_expert_only() -> None:
     config = tiny()
-    one = initial("blocks.0.moe.experts.down_proj", 1, (16, 20), config, 1)
-    assert torch.equal(one, initial("blocks.0.moe.experts.down_proj", 1, (16, 20), config, 1))
-    for other in (("blocks.1.moe.experts.down_proj", 1, 1), ("blocks.0.moe.experts.down_proj", 2, 1), ("blocks.0.moe.experts.down_proj", 1, 2)):
-        assert not torch.equal(one, initial(other[0], other[1], (16, 20), config, other[2]))
+    first, second = "blocks.0.moe.experts.down_proj", "blocks.1.moe.experts.down_proj"
+    one = initial(first, 1, (16, 20), config, 1)
+    assert torch.equal(one, initial(first, 1, (16, 20), config, 1))
+    for name, expert, seed in ((second, 1, 1), (first, 2, 1), (first, 1, 2)):
+        assert not torch.equal(one, initial(name, expert, (16, 20), config, seed))
     wide = initial("blocks.0.moe.experts.gate_up_proj", 1, (400, 160), config, 1)
     assert abs(float(wide.std()) - config.init_std) < 0.01
     narrow = initial("blocks.0.moe.experts.down_proj", 1, (160, 400), config, 1)

@@ -1,0 +1,165 @@
+"""The native engine: one sharded model, its optimizer, and one step of both."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from moetrain.data.batch import Batch
+from moetrain.dist.mesh import Mesh
+from moetrain.dist.world import World
+from moetrain.model.config import ModelConfig
+from moetrain.model.context import ForwardContext
+from moetrain.model.gpt import GPT, BankSite, GPTOutput, meta_model
+from moetrain.model.init import fill
+from moetrain.model.moe import Router
+from moetrain.model.state import ModelState
+from moetrain.optim.adamw import AdamW, NamedParameter
+from moetrain.optim.clip import clip_gradients
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.alltoall import AllToAllDispatcher
+from moetrain.parallel.apply import apply_compile, apply_fsdp, fsdp_modules
+from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.engine import LossSums, StepResult
+from moetrain.parallel.fragments import bank_of, model_state
+from moetrain.parallel.gradients import GradientSync
+from moetrain.parallel.precision import autocast_dtype
+from moetrain.parallel.sums import StepSums
+from moetrain.routing.balance import updated_bias
+from moetrain.routing.placement import Placement
+
+SAMPLE_TEMPERATURE = 0.8
+
+
+class TorchEngine:
+    """FSDP2 or replication for dense parameters, expert parallelism by all-to-all, AdamW with a step per expert."""
+
+    def __init__(
+        self, model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, optim: OptimConfig, world: World, mesh: Mesh
+    ) -> None:
+        self.config, self.optim, self.world, self.mesh = model, optim, world, mesh
+        self.recompute = engine.recompute
+        self.autocast = autocast_dtype(engine, world)
+        self.model = self._sharded_model(parallel, engine)
+        self.optimizer = AdamW([self._named(name, parameter) for name, parameter in self.model.named_parameters()], optim)
+        self.gradients = GradientSync(self.model, mesh)
+
+    def _sharded_model(self, parallel: ParallelConfig, engine: EngineConfig) -> GPT:
+        placement = Placement.balanced(self.config.routing.num_experts, self.mesh.ep.size, parallel.placement_seed)
+        site = BankSite(placement.experts[self.mesh.ep.index], AllToAllDispatcher(self.mesh.ep, placement))
+        model = meta_model(self.config, lambda bank: site, engine.experts).to(getattr(torch, engine.dtype))
+        if engine.compile:
+            apply_compile(model)
+        if parallel.dense == "fsdp" and self.world.size > 1:
+            apply_fsdp(model, self.mesh)
+        return model.to_empty(device=self.world.device)
+
+    def _named(self, name: str, parameter: torch.nn.Parameter) -> NamedParameter:
+        bank = bank_of(name, self.model)
+        decay = parameter.ndim > 1 and not name.endswith("norm.weight")
+        return NamedParameter(name, parameter, None if bank is None else bank.bank, decay)
+
+    def initialize(self, seed: int) -> None:
+        """Fills parameters (by seed, name and expert) and clears the optimizer."""
+        with torch.no_grad():
+            for fragment in self.state():
+                fill(fragment, self.config, seed)
+
+    def step(self, batches: list[Batch], lr: float, before_update: Callable[[], None]) -> StepResult:
+        started = time.perf_counter()
+        sums = StepSums(self.config, self.world)
+        total = sums.count_tokens(batches)
+        for number, batch in enumerate(batches):
+            self._sync_gradients(number == len(batches) - 1)
+            self._backward(batch, total, sums)
+        before_update()
+        self.gradients.reduce()
+        sums.reduce()
+        grad_norm = clip_gradients(self.gradients.shards(), self.optim.grad_clip, self.mesh)
+        sums.raise_unless_finite(grad_norm)
+        self.optimizer.step(lr)
+        self.optimizer.zero_grad()
+        self._update_bias(sums.load)
+        return sums.result(grad_norm, lr, self.config.routing.top_k, time.perf_counter() - started)
+
+    def _backward(self, batch: Batch, total: int, sums: "StepSums") -> None:
+        """Forward and backward of one micro-batch; its share of the global loss is its sum / total."""
+        context = self._context(batch, dict(zip(self.config.banks(), sums.carried_load, strict=True)))
+        output = self._forward(batch, context)
+        nats = loss_sum(output.logits_BSV, batch)
+        routing = self.config.routing
+        loss = nats
+        for stats in output.stats:
+            loss = loss + routing.auxiliary_loss_weight * stats.auxiliary + routing.z_loss_weight * stats.z
+        with self.world.watch.operation("the backward pass"):
+            (loss / max(total, 1)).backward()
+        sums.add(nats, batch, output.stats)
+
+    def _forward(self, batch: Batch, context: ForwardContext) -> GPTOutput:
+        """Named for the watch as a whole: FSDP2 makes its own collectives in it."""
+        autocast = torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
+        with self.world.watch.operation("the forward pass"), autocast:
+            return self.model(batch.tokens_BS, context)
+
+    def _context(self, batch: Batch, carried_load: dict[str, Tensor]) -> ForwardContext:
+        return ForwardContext(
+            position_BS=batch.position_BS,
+            document_BS=batch.document_BS,
+            valid_BS=batch.valid_BS,
+            exchange=self.world.sum_,
+            carried_load=carried_load,
+            recompute=self.recompute,
+        )
+
+    def _sync_gradients(self, last: bool) -> None:
+        """FSDP2 reduces gradients in the last micro-batch's backward only."""
+        for module in fsdp_modules(self.model):
+            module.set_requires_gradient_sync(last, recurse=False)
+            module.set_is_last_backward(last)
+
+    def _update_bias(self, load_LE: Tensor) -> None:
+        rate = self.config.routing.bias_update_rate
+        if rate:
+            routers = [module for module in self.model.modules() if isinstance(module, Router)]
+            for router, load_E in zip(routers, load_LE, strict=True):
+                assert router.balance_bias is not None
+                router.balance_bias.copy_(updated_bias(router.balance_bias, load_E, rate))
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> LossSums:
+        output = self._forward(batch, self._context(batch, {}))
+        sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
+        nats, num_tokens = self.world.sum_(sums).tolist()
+        return LossSums(nats, int(num_tokens))
+
+    def state(self) -> ModelState:
+        return model_state(self.model, self.mesh, self._components)
+
+    def _components(self, name: str) -> dict[str, Tensor]:
+        if name.endswith("balance_bias"):
+            return {}
+        m, v, step = self.optimizer.moments(name)
+        return {"m": m, "v": v, "step": step}
+
+    def load(self, state: ModelState) -> None:
+        """The fragments are the live tensors: nothing is derived from them here."""
+
+    @torch.no_grad()
+    def generate(self, prompt: list[int], num_tokens: int, seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        tokens = list(prompt)
+        for _ in range(num_tokens):
+            recent = torch.tensor([tokens[-self.config.max_position :]], device=self.world.device)
+            logits = self.model(recent).logits_BSV[0, -1].float().cpu()
+            choice = torch.multinomial(torch.softmax(logits / SAMPLE_TEMPERATURE, 0), 1, generator=generator)
+            tokens.append(int(self.world.agree(int(choice))))
+        return tokens[len(prompt) :]
+
+
+def loss_sum(logits_BSV: Tensor, batch: Batch) -> Tensor:
+    """Cross-entropy in nats summed over valid labels, in at least float32."""
+    logits = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
+    labels = batch.labels_BS.masked_fill(~batch.valid_BS, -100)
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")

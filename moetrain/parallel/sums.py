@@ -1,0 +1,75 @@
+"""What one step adds up over micro-batches and, at its end, over ranks."""
+
+import torch
+from torch import Tensor
+
+from moetrain.data.batch import Batch
+from moetrain.dist.world import World
+from moetrain.model.config import ModelConfig
+from moetrain.parallel.engine import NonFiniteError, StepResult
+from moetrain.routing.types import RoutingStats
+
+
+class StepSums:
+    """Local until `reduce`; made anew for every step."""
+
+    def __init__(self, config: ModelConfig, world: World) -> None:
+        self.world = world
+        self.carries = config.routing.auxiliary_loss_scope == "global_batch"
+        self.load = torch.zeros(len(config.banks()), config.routing.num_experts, dtype=torch.int64, device=world.device)
+        self.carried_load = torch.zeros_like(self.load)
+        self.nats = torch.zeros((), dtype=torch.float64, device=world.device)
+        self.auxiliary, self.z, self.dropped = self.nats.clone(), self.nats.clone(), self.nats.clone()
+        self.failed = torch.zeros(world.size, dtype=torch.float64, device=world.device)
+        self.num_tokens = 0
+        self.num_pairs = 0
+
+    def count_tokens(self, batches: list[Batch]) -> int:
+        """Valid tokens of the global batch: known before the first backward, so every gradient has its final scale at once."""
+        mine = torch.stack([batch.valid_BS.sum() for batch in batches]).sum()
+        self.num_tokens = int(self.world.sum_(mine))
+        return self.num_tokens
+
+    def add(self, nats: Tensor, batch: Batch, stats: list[RoutingStats]) -> None:
+        self.nats += nats.detach()
+        if not bool(torch.isfinite(nats.detach())):
+            self.failed[self.world.rank] = 1
+        for layer, of_layer in enumerate(stats):
+            self.auxiliary += of_layer.auxiliary.detach()
+            self.z += of_layer.z.detach()
+            self.dropped += of_layer.num_dropped
+            self.load[layer] += of_layer.load_E
+        self.num_pairs += batch.tokens_BS.numel() * len(stats)
+        if self.carries:
+            self.carried_load = self.world.sum_(self.load.clone())
+
+    def reduce(self) -> None:
+        """Sums over ranks in one message."""
+        parts = [torch.stack([self.nats, self.auxiliary, self.z, self.dropped]), self.failed, self.load.flatten().double()]
+        packed = self.world.sum_(torch.cat([*parts, self.nats.new_tensor([self.num_pairs])]))
+        self.nats, self.auxiliary, self.z, self.dropped = packed[:4].unbind()
+        self.failed = packed[4 : 4 + self.world.size]
+        self.load = packed[4 + self.world.size : -1].view_as(self.load).long()
+        self.num_pairs = int(packed[-1])
+
+    def raise_unless_finite(self, grad_norm: float) -> None:
+        ranks = [rank for rank, failed in enumerate(self.failed.tolist()) if failed]
+        if ranks:
+            raise NonFiniteError(f"The loss is not finite on rank {', '.join(map(str, ranks))}.")
+        if not grad_norm < float("inf"):
+            raise NonFiniteError(f"The gradient norm is {grad_norm}, although the loss is finite on every rank.")
+
+    def result(self, grad_norm: float, lr: float, top_k: int, seconds: float) -> StepResult:
+        tokens, layers = max(self.num_tokens, 1), max(len(self.load), 1)
+        return StepResult(
+            loss=float(self.nats) / tokens,
+            auxiliary_loss=float(self.auxiliary) / tokens / layers,
+            z_loss=float(self.z) / tokens / layers,
+            grad_norm=grad_norm,
+            lr=lr,
+            num_tokens=self.num_tokens,
+            load=self.load.cpu(),
+            num_dropped=int(self.dropped),
+            num_pairs=self.num_pairs * top_k,
+            seconds=seconds,
+        )
