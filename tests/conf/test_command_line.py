@@ -1,6 +1,7 @@
 """launch/train.py as a user starts it: what it prints, how it ends, and what it leaves behind (nothing)."""
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,6 +67,18 @@ def test_plan_needs_no_torch_no_group_and_little_memory(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     for shown in ("qwen3_30b_a3b on 64 ranks", "30,532,122,624", "expert parallel (ep)", "all-to-all per step", "partial checkpoint"):
         assert shown in result.stdout
+
+
+def test_installed_package_brings_its_own_conf(tmp_path: Path) -> None:
+    """The layout of the wheel: conf/ inside the package, no launch/ beside it."""
+    package, folder = tmp_path / "site" / "moetrain", tmp_path / "empty"
+    shutil.copytree(ROOT / "moetrain", package, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "conf", package / "conf")
+    (package / "conf" / "experiment" / "shipped.yaml").write_text("# @package _global_\n# Only here\n", encoding="utf-8")
+    folder.mkdir()
+    result = started(folder, "-m", "moetrain.launch", "+experiment=shipped", "debug=plan", PYTHONPATH=str(package.parent))
+    assert result.returncode == 0, result.stderr
+    assert "parameters" in result.stdout
 
 
 def test_mistake_is_one_line_without_a_trace(tmp_path: Path) -> None:
