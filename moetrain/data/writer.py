@@ -21,7 +21,7 @@ from moetrain.text.tokenizer import Tokenizer
 
 _BATCH_CHARACTERS = 1 << 20  # tokenised at a time
 _PIECE_CHARACTERS = 1 << 22  # a longer document is tokenised in pieces: an encoding takes a hundred bytes of memory per token
-_PIECE_END = re.compile(r"\n(?=[^\W\d_])")  # between a line break and a letter byte-level BPE never merges
+_PIECE_END = re.compile(r"(?<=\S)\n(?=[^\W\d_])")  # a single line break before a letter: byte-level BPE never merges across its end
 
 
 def write_corpus(folder: Path, files: list[SourceFile], settings: Settings, fixed: Tokenizer | None, start_bar: StartBar) -> Manifest:

@@ -47,7 +47,7 @@ def stored(folder: Path, split: str) -> list[list[int]]:
 
     dataset = IndexedDataset(str(folder / split))
     assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
-    return [dataset[index].tolist() for index in range(len(dataset))]
+    return [np.asarray(dataset.get(index)).tolist() for index in range(len(dataset))]
 
 
 @pytest.mark.parametrize("tokenizer", ["train", "byte"])
