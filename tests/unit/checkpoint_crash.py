@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def prepare(folder: Path, save: SaveId, version: int, arena: memoryview) -> Save
     plans, _ = lay_out(all_parts, mine)
     for plan in plans:
         np.frombuffer(arena, np.float32, plan.size, plan.offset)[:] = version
-    held = [Tensor(**vars(part.tensor) | {"pieces": ()}) for number, part in enumerate(all_parts) if number not in mine]
+    held = [replace(part.tensor, pieces=()) for number, part in enumerate(all_parts) if number not in mine]
     parent = newest.save if newest else None
     return SaveJob(str(folder), save, parent, 0, 1, version, version, "experts", selection, plans, held, {"step": version}, 2, 30.0)
 
@@ -142,13 +143,15 @@ def kill_trainers(folder: Path, runs: int) -> dict:
     steps, killed_with_writer = [], 0
     assert save_here(folder, 1, Io()).outcome == "committed"
     for run in range(runs):
+        before = CheckpointFolder(folder, Io()).saves()
         child = os.fork()
         if child == 0:
             train(folder)
         deadline = time.monotonic() + 30
-        while not writers_of(child) and time.monotonic() < deadline:
+        # Half of them die while the writer starts, the others a little after their first commit.
+        while not (writers_of(child) if run % 2 else CheckpointFolder(folder, Io()).saves() != before) and time.monotonic() < deadline:
             time.sleep(0.002)
-        time.sleep(0.01 * run)
+        time.sleep(0.003 * run)
         killed_with_writer += bool(writers_of(child))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
