@@ -180,7 +180,10 @@ def serve(connection: socket.socket, alive: Alive) -> None:
         while not select.select([connection], [], [], 1.0)[0]:
             if not alive():  # a forked child of the trainer may hold the connection open
                 return
-        message = receive(connection)
+        try:
+            message = receive(connection)
+        except ConnectionResetError:  # it died with an answer unread
+            return
         if message is None:
             return
         data, (descriptor,) = message
