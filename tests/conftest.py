@@ -3,7 +3,9 @@
 Hashing cannot be fixed from inside a running interpreter: the Makefile sets PYTHONHASHSEED.
 """
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -14,6 +16,18 @@ from tests.coverage_map import named_tests, not_run
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", TOKENIZERS_PARALLELISM="false")
 hypothesis.settings.register_profile("moetrain", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("moetrain")
+
+
+@pytest.fixture(autouse=True)
+def logger_left_as_found() -> Iterator[None]:
+    """A command under test configures the process-wide logger; the next test finds it as this one did."""
+    log = logging.getLogger("moetrain")
+    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+    yield
+    for handler in set(log.handlers) - set(handlers):
+        handler.close()
+    log.handlers, log.propagate = handlers, propagate
+    log.setLevel(level)
 
 
 class CoverageMap:
