@@ -32,14 +32,14 @@ class AttentionConfig:
 class RopeConfig:
     """Rotary position embedding, arXiv 2104.09864, half-split convention, over the whole head_dim."""
 
-    theta: float = 10000.0
+    theta: float = 10000.0  # base of the wavelengths
     scaling: str = "none"  # none | linear | llama3 | yarn
     factor: float = 1.0  # how much longer than the original context
     original_max_position: int = 0  # context before scaling (llama3, yarn)
-    low_frequency_factor: float = 1.0  # llama3
-    high_frequency_factor: float = 4.0  # llama3
-    beta_fast: float = 32.0  # yarn
-    beta_slow: float = 1.0  # yarn
+    low_frequency_factor: float = 1.0  # llama3: wavelengths above original_max_position / this are stretched
+    high_frequency_factor: float = 4.0  # llama3: wavelengths below original_max_position / this are kept
+    beta_fast: float = 32.0  # yarn: dims that turn more often over the original context are kept
+    beta_slow: float = 1.0  # yarn: dims that turn less often are interpolated
     attention_factor: float | None = None  # yarn: multiplies cos and sin; null = 0.1 ln(factor) + 1
 
 
@@ -55,8 +55,8 @@ class ShortcutConfig:
 class ModelConfig:
     """A decoder-only transformer. `pattern` is repeated until `num_layers` layers are filled."""
 
-    vocab_size: int = 4096
-    hidden_size: int = 256
+    vocab_size: int = 4096  # embeddings; at least the tokens of the corpus
+    hidden_size: int = 256  # width of the residual stream
     num_layers: int = 4  # attention layers
     pattern: list[str] = field(default_factory=lambda: ["scmoe"])  # dense | moe | shared | scmoe (a pair: two layers)
     ffn_size: int = 704  # SwiGLU width of dense blocks
@@ -64,7 +64,7 @@ class ModelConfig:
     shared_ffn_size: int = 704  # SwiGLU width of the shared expert (blocks shared and scmoe)
     shared_gate: str = "cg1"  # add | cg1: a sigmoid scalar per token on the shared expert (arXiv 2404.05019 section 3.2)
     max_position: int = 256  # longest context trained
-    norm_eps: float = 1e-5
+    norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     tie_embeddings: bool = True  # the output projection is the embedding
     init_std: float = 0.02  # output projections: init_std / sqrt(2 num_layers)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
@@ -102,8 +102,20 @@ class ModelConfig:
             raise ConfigError.of(f"{key}.pattern", self.pattern, "it must name at least one block", f"Blocks: {', '.join(BLOCKS)}.")
         for block in self.pattern:
             one_of(f"{key}.pattern", block, BLOCKS)
-        positive = {name: getattr(self, name) for name in ("vocab_size", "hidden_size", "num_layers", "ffn_size", "expert_ffn_size",
-                                                           "shared_ffn_size", "max_position", "norm_eps", "init_std")}
+        positive = {
+            name: getattr(self, name)
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_layers",
+                "ffn_size",
+                "expert_ffn_size",
+                "shared_ffn_size",
+                "max_position",
+                "norm_eps",
+                "init_std",
+            )
+        }
         positive |= {f"attention.{name}": getattr(self.attention, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
         positive |= {"rope.theta": self.rope.theta, "rope.factor": self.rope.factor}
         for name, value in positive.items():

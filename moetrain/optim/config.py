@@ -12,10 +12,10 @@ class OptimConfig:
     """AdamW (arXiv 1711.05101) with a step per expert; norms, biases and one-dimensional tensors are not decayed."""
 
     lr: float = 1e-3  # peak
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
+    beta1: float = 0.9  # decay of the first moment
+    beta2: float = 0.95  # decay of the second moment
+    eps: float = 1e-8  # added to the root of the second moment
+    weight_decay: float = 0.1  # times the learning rate, per step; 0 = off
     grad_clip: float = 1.0  # global norm; 0 = off
     schedule: str = "cosine"  # cosine | wsd (warm-up, stable, decay) | constant
     warmup_fraction: float = 0.05  # of all steps

@@ -17,7 +17,7 @@ class ParallelConfig:
 class EngineConfig:
     """How one step is computed."""
 
-    name: str = "torch"  # torch
+    name: str = "torch"  # torch (native PyTorch): the only one today
     dtype: str = "float32"  # of parameters and optimizer: float32 | float64
     autocast: str = "auto"  # matmuls in bfloat16: auto (where the hardware has it) | bfloat16 | off
     experts: str = "auto"  # grouped matmul: auto (measured order, see docs/model.md) | loop | bmm | grouped_mm

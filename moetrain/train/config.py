@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 class RunConfig:
     """The run folder is `folder`/`name`; the same command again resumes it."""
 
-    name: str = "scratch"
-    folder: str = "runs"
+    name: str = "scratch"  # of the run and its folder; experiments set their own
+    folder: str = "runs"  # where run folders lie
     seed: int = 1  # initial parameter values
     stop_after: int = 0  # stop (with a checkpoint) after this step without changing the schedule; 0 = off
 
@@ -24,5 +24,5 @@ class TrainingConfig:
     evaluate_every: int = 0  # steps; 0 = only at the end
     evaluate_batches: int = 0  # during training: batches of validation text; 0 = all
     sample_every: int = 0  # steps between printed samples; 0 = never
-    sample_prompts: list[str] = field(default_factory=lambda: ["def "])
-    sample_tokens: int = 60
+    sample_prompts: list[str] = field(default_factory=lambda: ["def "])  # texts that the samples go on from
+    sample_tokens: int = 60  # tokens of each sample
