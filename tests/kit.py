@@ -14,7 +14,9 @@ from typing import Any
 from uuid import uuid4
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 100.0, limit: float = 30.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 100.0, limit: float = 30.0
+) -> list[Any]:
     """`[fn(world, *args) on rank 0, on rank 1, ...]`. `fn` is a module-level function; results are pickled.
 
     `timeout` seconds for everything, `limit` seconds for one collective. A rank that fails shows its traceback in an AssertionError,

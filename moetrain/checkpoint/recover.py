@@ -182,4 +182,3 @@ def _whole(choice: Choice, tensor: Tensor, io: Io) -> torch.Tensor:
         where = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))
         whole[where] = read_piece(reader, piece, tensor.dtype)
     return whole
-

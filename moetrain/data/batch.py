@@ -22,6 +22,10 @@ class Batch(NamedTuple):
     position_BS: Tensor
     document_BS: Tensor | None
 
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on a device."""
+        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+
 
 def make_batch(tokens_BS: Tensor, labels_BS: Tensor, valid_BS: Tensor, end_id: int, document_boundaries: bool) -> Batch:
     """Adds positions and document numbers.

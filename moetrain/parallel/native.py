@@ -70,6 +70,7 @@ class TorchEngine:
     def step(self, batches: list[Batch], lr: float, before_update: Callable[[], None]) -> StepResult:
         started = time.perf_counter()
         sums = StepSums(self.config, self.world)
+        batches = [batch.to(self.world.device) for batch in batches]
         total = sums.count_tokens(batches)
         for number, batch in enumerate(batches):
             self._sync_gradients(number == len(batches) - 1)
@@ -129,6 +130,7 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
+        batch = batch.to(self.world.device)
         output = self._forward(batch, self._context(batch, {}))
         sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()

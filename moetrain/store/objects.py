@@ -1,9 +1,9 @@
 """A checkpoint folder: immutable objects, receipts and manifests, and the renames that make them appear whole.
 
-    claims/<epoch>                            who may commit: the newest one
-    objects/<save>/<rank>-<random>/<label>/   one Zarr array each; `.part` behind <random> until all are durable
-    receipts/<save>/<rank>.json               what one rank wrote;  receipts/<save>/abandoned: the reason there is no manifest
-    manifests/<save>.json                     the commit
+claims/<epoch>                            who may commit: the newest one
+objects/<save>/<rank>-<random>/<label>/   one Zarr array each; `.part` behind <random> until all are durable
+receipts/<save>/<rank>.json               what one rank wrote;  receipts/<save>/abandoned: the reason there is no manifest
+manifests/<save>.json                     the commit
 """
 
 import json

@@ -180,9 +180,7 @@ def test_no_token_sees_the_future(block: str) -> None:
 def test_document_boundaries_equal_separate_documents() -> None:
     model = build(tiny())
     ids = tokens(1, 10)
-    context = ForwardContext(
-        position_BS=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), document_BS=torch.tensor([[0] * 4 + [1] * 6])
-    )
+    context = ForwardContext(position_BS=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]]), document_BS=torch.tensor([[0] * 4 + [1] * 6]))
     together = model(ids, context).logits_BSV
     apart = torch.cat([model(ids[:, :4]).logits_BSV, model(ids[:, 4:]).logits_BSV], 1)
     torch.testing.assert_close(together, apart, rtol=1e-10, atol=1e-10)
