@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moetrain.base.errors import TrainingError
+from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.watch import Watch, Watchdog
 
 T = TypeVar("T")
@@ -81,9 +82,12 @@ class World:
             torch.cuda.set_device(device)
             world.watch.watchdog = Watchdog(rank, timeout_seconds)
             world.watch.watchdog.start()
-        with world.watch.operation("joining the process group"):
+        with world.watch.operation(OPERATION):
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-            store = None if file is None else dist.FileStore(str(file), size)  # pyright: ignore[reportPrivateImportUsage]
+            if file is None:
+                store = meet_by_environment(rank, size, world.timeout, world.watch)
+            else:
+                store = dist.FileStore(str(file), size)  # pyright: ignore[reportPrivateImportUsage]
             dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
         return world
 
