@@ -1,0 +1,41 @@
+"""What the end-to-end tests share: two small corpora and one finished run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.jobs import Job, made_once, prepare_text, small_run
+
+# By the hash of their names copyreg and sched are held out for validation, graphlib and rlcompleter for test.
+MODULES = "copyreg graphlib bisect code codeop colorsys copy fnmatch getopt hmac linecache netrc reprlib".split()
+MORE_MODULES = "sched rlcompleter filecmp glob queue shelve stat".split()
+STEPS = 24
+
+
+@pytest.fixture(scope="session")
+def corpora(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two prepared corpora with one tokenizer."""
+
+    def make(folder: Path) -> None:
+        first = prepare_text(folder / "first", MODULES)
+        prepare_text(folder / "second", MORE_MODULES, str(first / "tokenizer.json"))
+
+    folder = made_once(tmp_path_factory, "corpora", make)
+    return folder / "first", folder / "second"
+
+
+@pytest.fixture(scope="session")
+def corpus(corpora: tuple[Path, Path]) -> Path:
+    return corpora[0]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A run of STEPS steps on two ranks that nothing disturbed, with full checkpoints. Copy it before you change it."""
+
+    def make(folder: Path) -> None:
+        overrides = small_run(corpus, folder / "run", STEPS, "checkpoint.mode=full", "checkpoint.every_steps=8")
+        with Job(2, overrides, folder / "log") as job:
+            assert job.end() == 0, job.output()
+
+    return made_once(tmp_path_factory, "finished", make) / "run"
