@@ -1,0 +1,55 @@
+"""Copies figures from benchmarks/*.json into the figures table of README.md, so that nothing is quoted by hand.
+
+    python -m tools.quote_figures            writes README.md
+    python -m tools.quote_figures --check    writes nothing; exit status 1 when a figure is not what its file says
+
+A row names its file and key as `benchmarks/FILE.json` `key.inner:format`: a Python format, or `len` for the length of a list. Without the
+file the value reads "see FILE". True and false are written yes and no.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([\w.]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
+
+
+def figure(root: Path, file: str, key: str, style: str | None) -> str:
+    """The value as the table shows it. Raises KeyError for a key that the file does not have."""
+    if not (root / file).is_file():
+        return f"see {file}"
+    value = json.loads((root / file).read_text(encoding="utf-8"))
+    for name in key.split("."):
+        value = value[name]
+    if style == "len":
+        return str(len(value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return format(value, style or "")
+
+
+def quoted(page: str, root: Path) -> str:
+    """The page with every figure as its file says."""
+    return ROW.sub(lambda row: f"{row[1]}{figure(root, row[4], row[5], row[6])}{row[3]}", page)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(arguments)
+    path = ROOT / "README.md"
+    page = path.read_text(encoding="utf-8")
+    current = quoted(page, ROOT)
+    if not options.check:
+        path.write_text(current, encoding="utf-8")
+    elif page != current:
+        print("README.md quotes figures that benchmarks/ does not hold: run python -m tools.quote_figures.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
