@@ -10,13 +10,15 @@ import torch
 
 from moetrain.dist.world import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
 
 class Stop:
     """A context manager; made in the main thread. Handlers only set a flag; leaving puts the former handlers back.
+
+    A second Ctrl-C (SIGINT) does not wait for the step boundary: it raises KeyboardInterrupt.
 
     A forked child that gets one of the signals dies of it, as if no handler were there; a spawned one never had it.
     """
@@ -52,6 +54,8 @@ class Stop:
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() == self._owner:
+            if number == signal.SIGINT and number in self._received:
+                raise KeyboardInterrupt
             self._received.add(number)
             return
         signal.signal(number, signal.SIG_DFL)

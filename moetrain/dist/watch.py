@@ -37,10 +37,13 @@ class Watch:
         self.watchdog: Watchdog | None = None
 
     @contextmanager
-    def operation(self, name: str) -> Iterator[None]:
-        """Retells a collective's time-out or lost peer as TrainingError with rank, operation and seconds; other errors pass."""
+    def operation(self, name: str, timed: bool = True) -> Iterator[None]:
+        """Retells a collective's time-out or lost peer as TrainingError with rank, operation and seconds; other errors pass.
+
+        timed=False: the watchdog leaves it alone, because it holds computation of any length too.
+        """
         started = self.clock.monotonic()
-        ticket = self.watchdog.open(name) if self.watchdog else None
+        ticket = self.watchdog.open(name) if self.watchdog and timed else None
         try:
             yield
         except RuntimeError as error:

@@ -73,15 +73,16 @@ class Attention(nn.Module):
         if inputs.cache is not None:
             key, value, key_BT = inputs.cache.extend(self.layer, key, value)
             mask_BST = visible(inputs.position_BS, key_BT, inputs.window)
-        mixed_BHSd = scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=None if mask_BST is None else mask_BST.unsqueeze(1),
-            is_causal=mask_BST is None,
-            enable_gqa=self.shape.num_heads != self.shape.num_kv_heads,
-        )
-        return self.o_proj(mixed_BHSd.transpose(1, 2).flatten(2))
+        return self.o_proj(self._mix(query, key, value, mask_BST).transpose(1, 2).flatten(2))
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor, mask_BST: Tensor | None) -> Tensor:
+        """[B, H, S, d]. Masked grouped queries get their keys repeated: CUDA's fused kernels take a mask or groups, not both."""
+        groups = self.shape.num_heads // self.shape.num_kv_heads
+        if mask_BST is None:
+            return scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=groups > 1)
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        return scaled_dot_product_attention(query, key, value, attn_mask=mask_BST.unsqueeze(1))
 
     def _project(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, H, S, d], k and v [B, G, S, d], before rotation."""

@@ -32,4 +32,5 @@ class ForwardContext:
     cache: KeyValueCache | None = None
     exchange: Exchange = alone  # sums expert loads over the ranks that share the batch (scope global_batch)
     carried_load: dict[str, Tensor] = field(default_factory=dict)  # by bank: global loads of this step's earlier micro-batches
+    dropless: bool = False  # no capacity: evaluation and generation must not depend on who shares the batch
     recompute: bool = False  # activation checkpointing of attention, MLP and experts; routing is always saved

@@ -60,7 +60,7 @@ class MoE(nn.Module):
         scores = gate_scores(self.router(x_ND), self.config, self.router.balance_bias)
         valid_N = None if context.valid_BS is None else context.valid_BS.flatten()
         carried_E = context.carried_load.get(self.bank)
-        return self.policy.plan(scores, RoutingContext(shape_BS, valid_N, context.exchange, carried_E))
+        return self.policy.plan(scores, RoutingContext(shape_BS, valid_N, context.exchange, context.dropless, carried_E))
 
     def compute(self, ticket: Ticket, context: ForwardContext) -> Ticket:
         """Waits for the rows, runs the experts, sends the results back."""

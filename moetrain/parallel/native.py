@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -94,14 +95,14 @@ class TorchEngine:
         loss = nats
         for stats in output.stats:
             loss = loss + routing.auxiliary_loss_weight * stats.auxiliary + routing.z_loss_weight * stats.z
-        with self.world.watch.operation("the backward pass"):
+        with self.world.watch.operation("the backward pass", timed=False):
             (loss / max(total, 1)).backward()
         sums.add(nats, batch, output.stats)
 
     def _forward(self, batch: Batch, context: ForwardContext) -> GPTOutput:
         """Named for the watch as a whole: FSDP2 makes its own collectives in it."""
         autocast = torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None)
-        with self.world.watch.operation("the forward pass"), autocast:
+        with self.world.watch.operation("the forward pass", timed=False), autocast:
             return self.model(batch.tokens_BS, context)
 
     def _context(self, batch: Batch, carried_load: dict[str, Tensor]) -> ForwardContext:
@@ -131,7 +132,7 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> LossSums:
         batch = batch.to(self.world.device)
-        output = self._forward(batch, self._context(batch, {}))
+        output = self._forward(batch, replace(self._context(batch, {}), dropless=True))
         sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()
         return LossSums(nats, int(num_tokens))

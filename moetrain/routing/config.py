@@ -25,7 +25,7 @@ class RoutingConfig:
     z_loss_weight: float = 0.0  # router z-loss, arXiv 2202.08906 eq. 5; 0 = off
     bias_update_rate: float = 0.0  # bias balancing without a loss, arXiv 2408.15664; 0 = off
     capacity_factor: float | None = None  # rows an expert takes per rank and micro-batch / its fair share; null = dropless
-    drop_order: str = "probability"  # who is dropped beyond capacity: the lowest score, or the last position
+    drop_order: str = "probability"  # who is dropped beyond capacity: the lowest score, or the last position in its sequence
 
     def check(self, key: str = "model.routing") -> None:
         """Raises ConfigError, naming the key under `key`."""

@@ -23,9 +23,9 @@ class TopK:
         token_P = torch.arange(expert_NK.shape[0], device=expert_NK.device).repeat_interleave(config.top_k)
         expert_P, weight_P = expert_NK.flatten(), weight_NK.flatten()
         num_pairs = expert_P.numel()
-        if config.capacity_factor is not None:
+        if config.capacity_factor is not None and not context.dropless:
             capacity = math.ceil(config.capacity_factor * num_pairs / config.num_experts)
-            urgency_P = weight_P.detach() if config.drop_order == "probability" else -token_P
+            urgency_P = weight_P.detach() if config.drop_order == "probability" else -(token_P % context.shape_BS[1])
             kept_P = within_capacity(expert_P, urgency_P, capacity, config.num_experts)
             token_P, expert_P, weight_P = token_P[kept_P], expert_P[kept_P], weight_P[kept_P]
         stats = routing_stats(scores, expert_NK, num_pairs - expert_P.numel(), config, context)

@@ -59,6 +59,7 @@ class RoutingContext:
     shape_BS: tuple[int, int]
     valid_N: Tensor | None = None  # bool; None: all valid. Invalid tokens are routed but not counted
     exchange: Exchange = alone
+    dropless: bool = False  # ignore the capacity
     carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches (scope global_batch)
 
 

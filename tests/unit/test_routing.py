@@ -172,3 +172,10 @@ def test_impossible_routing_is_refused_with_its_key(change: dict, word: str) -> 
         setattr(config, name, value)
     with pytest.raises(ConfigError, match=word):
         config.check()
+
+
+def test_without_capacity_nothing_is_dropped_and_position_means_place_in_the_sequence() -> None:
+    logits = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.float64)
+    config = RoutingConfig(num_experts=2, top_k=1, capacity_factor=1.0, drop_order="position")
+    assert route(logits, config, RoutingContext((2, 2))).token_P.tolist() == [0, 2]
+    assert route(logits, config, RoutingContext((2, 2), dropless=True)).token_P.tolist() == [0, 1, 2, 3]

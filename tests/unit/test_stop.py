@@ -49,3 +49,11 @@ def test_a_forked_child_still_dies_of_a_signal(tmp_path: Path) -> None:
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGTERM
         assert stop.agreed() is None
+
+
+def test_the_first_interrupt_waits_for_the_step_boundary_and_the_second_does_not(tmp_path: Path) -> None:
+    with Stop(World.single(torch.device("cpu")), tmp_path / "STOP") as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed() == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
