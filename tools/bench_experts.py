@@ -48,6 +48,7 @@ class Shape:
 
 SHAPES = {
     "gpt_moe_8e": Shape(2048, 8, 256, 704),
+    "gpt_moe_8e_ep2": Shape(2048, 4, 256, 704),  # on each of two ranks
     "gpt_125m_8e": Shape(8192, 8, 768, 2048),
     "olmoe_1b_7b": Shape(32768, 64, 2048, 1024),
     "qwen3_30b_a3b": Shape(32768, 128, 2048, 768),
@@ -195,7 +196,7 @@ def line(timing: Timing) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *QUICK], default=["gpt_moe_8e"], help="default: %(default)s")
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *QUICK], default=["gpt_moe_8e", "gpt_moe_8e_ep2"], help="default: %(default)s")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
