@@ -196,7 +196,7 @@ def line(timing: Timing) -> str:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
-    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *QUICK], default=["gpt_moe_8e", "gpt_moe_8e_ep2"], help="default: %(default)s")
+    parser.add_argument("--shapes", nargs="+", choices=[*SHAPES, *QUICK], default=["gpt_moe_8e", "gpt_moe_8e_ep2"], help="%(default)s")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"], help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
