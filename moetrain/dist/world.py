@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.base.errors import TrainingError
 from moetrain.dist.meeting import OPERATION, meet_by_environment
@@ -84,10 +85,7 @@ class World:
             world.watch.watchdog.start()
         with world.watch.operation(OPERATION):
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
-            if file is None:
-                store = meet_by_environment(rank, size, world.timeout, world.watch)
-            else:
-                store = dist.FileStore(str(file), size)  # pyright: ignore[reportPrivateImportUsage]
+            store = meet_by_environment(rank, size, world.timeout, world.watch) if file is None else FileStore(str(file), size)
             dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
         return world
 
@@ -130,3 +128,14 @@ class World:
             with self.watch.operation(name):
                 dist.broadcast(buffer, src=0)
         return json.loads(bytes(buffer.tolist()))
+
+    def gather(self, value: T, name: str = "gathering a value of every rank") -> list[T]:
+        """Every rank's value on every rank, in order of rank, through JSON: tuples come back as lists. For small values."""
+        text = json.dumps(value).encode()
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(text)
+        buffer = torch.zeros(int(self.sum_(lengths, name=name).sum()), dtype=torch.uint8)
+        slots = buffer.split(lengths.tolist())
+        slots[self.rank].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self.sum_(buffer, name=name)
+        return [json.loads(bytes(slot.tolist())) for slot in slots]
