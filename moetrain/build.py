@@ -11,12 +11,14 @@ import torch
 
 from moetrain.base import log
 from moetrain.base.clock import SystemClock
+from moetrain.base.errors import ConfigError
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.recover import LoadReport, from_rank_zero
 from moetrain.config import TrainConfig, batch_of, describe_horizon
+from moetrain.config.origin import origin, origin_run, remember_job, set_aside
 from moetrain.config.saved import require_same_run, write_config
 from moetrain.data.batch import Batch
-from moetrain.data.corpus import open_corpora
+from moetrain.data.corpus import Corpus, open_corpora
 from moetrain.data.loader import TrainLoader
 from moetrain.data.manifest import Manifest
 from moetrain.data.prepare import ensure_prepared
@@ -26,17 +28,18 @@ from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.model.count import training_flops_per_token
 from moetrain.parallel.native import TorchEngine
-from moetrain.store.io import Io
-from moetrain.store.objects import CheckpointFolder
 from moetrain.telemetry.env import write_env
 from moetrain.telemetry.meter import Meter, peak_memory_bytes
 from moetrain.telemetry.open import open_sinks
 from moetrain.telemetry.probe import peak_flops
 from moetrain.train.evaluate import EvaluationResult, evaluate
 from moetrain.train.hooks import EvaluateHook, EventHook, LogHook, ProfileHook, SampleHook, SaveHook
+from moetrain.train.loop import DONE
 from moetrain.train.loop import train as loop
 from moetrain.train.run import Progress, Run
 from moetrain.train.weights import load_bundle
+
+DONE_FILE = "DONE"  # in the run folder: nothing is left to do; Slurm does not requeue
 
 
 def train(config: TrainConfig) -> int:
@@ -51,6 +54,8 @@ def train(config: TrainConfig) -> int:
         run = build(config, folder, world, stop)
         stack.callback(run.sinks.close)
         reason = loop(run)
+        if world.is_main and reason == DONE:
+            (folder / DONE_FILE).touch()
     log.logger().info("The run ended: %s, at step %d of %d.", reason, run.progress.step, run.progress.total_steps)
     return 0
 
@@ -60,17 +65,25 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     clock = SystemClock()
     mesh = Mesh(world, config.parallel.ep or auto_ep(world.size, config.model.routing.num_experts))
     corpora = open_corpora(config.data)
+    content = content_of(corpora, config.model.vocab_size)
     batch = batch_of(config, world.size)
     samples_per_step = config.train.global_batch_tokens // config.data.seq_len
     progress = Progress(total_steps=-(-config.train.tokens // config.train.global_batch_tokens))
 
     engine = TorchEngine(config.model, config.parallel, config.engine, config.optim, world, mesh)
-    before = require_same_run(config, origin_of(config, folder)) if _resumes(config, folder) else None
+    at = from_rank_zero(world.rank, world.agree, lambda: origin(config.checkpoint.resume, folder, os.environ)) or ""
+    resumed = origin_run(at, folder)
+    before = None if resumed is None else require_same_run(config, content, resumed)
     world.barrier("every rank compared the configuration")
-    checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock)
-    report = _start(config, before, engine, checkpoint, progress)
     if world.is_main:
-        write_config(config, folder, sys.argv[1:])
+        if at == "never":
+            set_aside(folder)
+        remember_job(folder, os.environ)
+    checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock)
+    report = _start(config, at, before, engine, checkpoint, progress)
+    if world.is_main:
+        (folder / DONE_FILE).unlink(missing_ok=True)  # a finished run that is lengthened goes on
+        write_config(config, content, folder, sys.argv[1:])
         write_env(folder, clock)
 
     loader = TrainLoader(
@@ -84,8 +97,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     resolved: dict[str, object] = asdict(config)
     sinks = open_sinks(config.telemetry, folder, config.run.name, progress.total_steps, clock, resolved, world.is_main)
     hooks = [
-        LogHook(config.telemetry, config.model.banks()),
-        EvaluateHook(config.train, evaluation.whole),
+        *([EvaluateHook(config.train, evaluation.whole)] if evaluation.is_possible() else []),
         SampleHook(config.train),
         SaveHook(config.checkpoint.every_steps),
         ProfileHook(config.profile),
@@ -94,30 +106,29 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     return Run(
         config=config, folder=folder, world=world, engine=engine, checkpoint=checkpoint, loader=loader, samples_per_step=samples_per_step,
         progress=progress, stop=stop, sinks=sinks, meter=meter, clock=clock, tokenizer=corpora[0].tokenizer(), evaluate=evaluation.part,
-        hooks=hooks,
+        records=LogHook(config.telemetry, config.model.banks()), hooks=hooks,
     )  # fmt: skip
 
 
-def origin_of(config: TrainConfig, folder: Path) -> Path:
-    """The run folder that is resumed from: this one, or the one that checkpoint.resume names."""
-    if config.checkpoint.resume in ("auto", "must"):
-        return folder
-    named = Path(config.checkpoint.resume)
-    return named.parent if named.name == "checkpoint" else named
-
-
-def _resumes(config: TrainConfig, folder: Path) -> bool:
-    """Whether there is a recovery point to go on from."""
-    wanted = config.checkpoint.resume != "never"
-    return wanted and bool(CheckpointFolder(origin_of(config, folder) / "checkpoint", Io()).saves())
+def content_of(corpora: list[Corpus], vocab_size: int) -> dict[str, str]:
+    """Hashes of what the run reads, a part of its identity. Raises ConfigError when a token has no embedding."""
+    found: dict[str, str] = {}
+    for corpus in corpora:
+        facts = corpus.manifest.tokenizer
+        if facts.vocab_size > vocab_size:
+            rule = f"the corpus {corpus.folder} has {facts.vocab_size} tokens"
+            raise ConfigError.of("model.vocab_size", vocab_size, rule, f"Use model.vocab_size={facts.vocab_size} or more.")
+        found[f"the training tokens of {corpus.folder}"] = corpus.manifest.splits["train"].bin_sha256
+        found[f"the tokenizer of {corpus.folder}"] = facts.sha256
+    return found
 
 
 def _start(
-    config: TrainConfig, before: TrainConfig | None, engine: TorchEngine, checkpoint: Checkpointer, progress: Progress
+    config: TrainConfig, at: str, before: TrainConfig | None, engine: TorchEngine, checkpoint: Checkpointer, progress: Progress
 ) -> LoadReport | None:
     """Initial values, a bundle's, or the newest checkpoint's."""
     state = engine.state()
-    report = checkpoint.load(state, config.checkpoint.resume)
+    report = checkpoint.load(state, at)
     if report is None:
         engine.initialize(config.run.seed)
         if config.checkpoint.init_from:
@@ -140,6 +151,12 @@ class Evaluation:
         self.config, self.engine, self.world = config, engine, world
         self.folder = Path(config.data.corpora[0].path)
         self.split = Manifest.read(self.folder).splits["validation"]
+
+    def is_possible(self) -> bool:
+        """Says so when there is no held-out text: a small corpus may have none."""
+        if not self.split.tokens:
+            log.logger().warning("The corpus %s has no validation document: nothing is evaluated.", self.folder)
+        return self.split.tokens > 0
 
     def whole(self) -> EvaluationResult:
         """Every held-out byte once, windows overlapping by half."""

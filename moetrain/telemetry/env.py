@@ -12,6 +12,7 @@ from pathlib import Path
 
 import moetrain
 from moetrain.base.clock import Clock
+from moetrain.base.files import write_whole
 from moetrain.telemetry.format import duration, quantity, size
 
 Section = dict[str, str | int | float | bool]
@@ -40,7 +41,7 @@ def collect(folder: Path, clock: Clock, probe: bool) -> dict[str, Section]:
 
 def write_env(run: Path, clock: Clock) -> None:
     """`env.json` of a run folder: the machine this run was last started on, without measurements."""
-    (run / "env.json").write_text(json.dumps(collect(run, clock, probe=False), indent=2) + "\n", encoding="utf-8")
+    write_whole(run / "env.json", json.dumps(collect(run, clock, probe=False), indent=2) + "\n")
 
 
 def moetrain_facts() -> Section:

@@ -11,21 +11,24 @@ DONE = "done"
 def train(run: Run) -> str:
     """Trains until the last step or a reason to stop; returns the reason ("done" at the end).
 
-    Leaves a committed full checkpoint behind. Raises NonFiniteError naming step, rank and last good checkpoint.
+    Leaves a committed full checkpoint behind. A run that is told to stop saves before anything else: torchrun and Slurm grant half a
+    minute, and an evaluation may take longer. Raises NonFiniteError naming step, rank and last good checkpoint.
     """
-    for hook in run.hooks:
+    for hook in (run.records, *run.hooks):
         hook.on_start(run)
-    reason = DONE if run.progress.finished else ""
+    reason = _reason_to_stop(run)
     while not reason:
         result = _step(run, next(run.loader))
         run.progress.advance(result, run.samples_per_step)
-        for hook in run.hooks:
-            hook.on_step(run, result)
+        run.records.on_step(run, result)
         reason = _reason_to_stop(run)
         if reason:
             run.checkpoint.save(run.engine.state(), run.progress.as_dict(), full=True)
             run.checkpoint.finish()
-    for hook in run.hooks:
+        if reason in ("", DONE):
+            for hook in run.hooks:
+                hook.on_step(run, result)
+    for hook in (run.records, *run.hooks):
         hook.on_finish(run, reason)
     return reason
 
@@ -38,7 +41,8 @@ def _step(run: Run, batches: list[Batch]) -> StepResult:
         good = run.checkpoint.status().committed_step
         kept = "no checkpoint was committed yet" if good is None else f"the last good checkpoint is of step {good}"
         sentence = f"Step {run.progress.step + 1}: {error.message} Nothing was updated; {kept}."
-        raise NonFiniteError(sentence, "Resume with a lower optim.lr, or with another data.seed to pass other samples.") from error
+        hint = "Resume with a lower optim.lr, or with another data.seed to pass other samples, and checkpoint.allow_changes=true."
+        raise NonFiniteError(sentence, hint) from error
 
 
 def _reason_to_stop(run: Run) -> str:

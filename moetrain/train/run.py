@@ -89,4 +89,5 @@ class Run:
     clock: Clock
     tokenizer: Tokenizer
     evaluate: Callable[[], EvaluationResult]
-    hooks: list[Hook]
+    records: Hook  # sees every step, also the one after which the run is stopped
+    hooks: list[Hook]  # may take long: passed over at that step

@@ -1,0 +1,70 @@
+"""Where a start begins: at this run's own recovery point, at another's, or anew. A restart of the same job always goes on."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from moetrain.base.files import write_whole
+from moetrain.base.log import logger
+from moetrain.store.io import Io
+from moetrain.store.objects import CheckpointFolder, resolve
+
+JOB_FILE = "job.json"  # the job that started this run
+CHECKPOINT = "checkpoint"
+RECORDS = (CHECKPOINT, "metrics.jsonl", "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
+
+
+def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
+    """What is restored: auto | must | never | a path. `resume` is checkpoint.resume.
+
+    A path gives the first start only its values; `never` holds for a job, not for each of its restarts.
+    """
+    if resume in ("auto", "must"):
+        return resume
+    if resume == "never":
+        return "auto" if is_restart(folder, environment) else "never"
+    return "auto" if has_saves(folder) else resume
+
+
+def origin_run(at: str, folder: Path) -> Path | None:
+    """The run folder that `at` restores from; None when nothing is restored."""
+    if at == "never" or (at == "auto" and not has_saves(folder)):
+        return None
+    return folder if at in ("auto", "must") else resolve(Path(at)).parent
+
+
+def has_saves(folder: Path) -> bool:
+    return bool(CheckpointFolder(folder / CHECKPOINT, Io()).saves())
+
+
+def is_restart(folder: Path, environment: Mapping[str, str]) -> bool:
+    """Whether torchrun or Slurm starts the same job once more, after a crash or a requeue."""
+    file = folder / JOB_FILE
+    count = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) + int(environment.get("SLURM_RESTART_COUNT", "0"))
+    return count > 0 and file.is_file() and json.loads(file.read_text())["job"] == job_id(environment)
+
+
+def job_id(environment: Mapping[str, str]) -> str:
+    """The same through all restarts of a job. Slurm's comes first: a requeue has a rendezvous of its own."""
+    return environment.get("SLURM_JOB_ID") or environment.get("TORCHELASTIC_RUN_ID", "")
+
+
+def remember_job(folder: Path, environment: Mapping[str, str]) -> None:
+    write_whole(folder / JOB_FILE, json.dumps({"job": job_id(environment)}) + "\n")
+
+
+def set_aside(folder: Path) -> None:
+    """Renames what an earlier run in `folder` left, to `NAME.before-N`, so that figures and recovery points of two runs do not mix."""
+    used = [name for name in RECORDS if (folder / name).exists()]
+    if not used:
+        return
+    number = 1
+    while any((folder / f"{name}.before-{number}").exists() for name in RECORDS):
+        number += 1
+    for name in used:
+        (folder / name).rename(folder / f"{name}.before-{number}")
+    claims = folder / f"{CHECKPOINT}.before-{number}" / "claims"
+    if claims.is_dir():  # an older job that still runs must find that a newer one has claimed the folder
+        shutil.copytree(claims, folder / CHECKPOINT / "claims")
+    logger().info("The run starts anew; what the earlier one left in %s is kept as *.before-%d.", folder, number)
