@@ -1,6 +1,6 @@
 """Training steps and generation of real shapes on one device: tokens/s, MFU, memory, and what the floor allows.
 
-Shapes come from conf/model by name. Weights are the initial ones and tokens are random, so routing is that of a young model.
+Models are those of the experiments in conf/, read without Hydra. Weights are the initial ones and tokens are random, so routing is that of a young model.
 Used by tools/gpu_check.py.
 """
 
@@ -29,7 +29,8 @@ from moetrain.telemetry.meter import peak_memory_bytes
 from moetrain.telemetry.probe import peak_flops
 from tools.bench_experts import now
 
-MODELS = Path(__file__).resolve().parents[1] / "conf" / "model"
+CONF = Path(__file__).resolve().parents[1] / "conf"
+DEFAULT_MODEL = "small_scmoe"  # of conf/train.yaml
 WARM_UP, MAX_STEPS = 3, 50
 SEED = 0
 
@@ -38,15 +39,14 @@ SEED = 0
 class Case:
     """One step: `accumulation` forwards of `sequences` of `seq_len` tokens."""
 
-    model: str  # file in conf/model
     sequences: int
     seq_len: int
     accumulation: int
 
 
 CASES = {
-    "gpt_moe_8e": Case("small_scmoe", 16, 256, 1),
-    "gpt_125m_8e": Case("gpt_125m", 8, 1024, 4),
+    "gpt_moe_8e": Case(12, 256, 1),
+    "gpt_125m_8e": Case(8, 1024, 4),
 }
 VARIANTS = {
     "bfloat16": EngineConfig(autocast="bfloat16"),
@@ -56,9 +56,12 @@ VARIANTS = {
 }
 
 
-def model_config(name: str) -> ModelConfig:
-    """A shape of conf/model; an empty file is the default shape."""
-    return ModelConfig.from_dict(yaml.safe_load((MODELS / f"{name}.yaml").read_text(encoding="utf-8")) or {})
+def model_config(experiment: str) -> ModelConfig:
+    """An experiment's model as Hydra composes it (a test compares): its option of conf/model, then its own `model` keys."""
+    chosen = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
+    options = [entry["override /model"] for entry in chosen.get("defaults", []) if "override /model" in entry]
+    file = CONF / "model" / f"{(options or [DEFAULT_MODEL])[0]}.yaml"
+    return ModelConfig.from_dict((yaml.safe_load(file.read_text(encoding="utf-8")) or {}) | chosen.get("model", {}))
 
 
 def tiny(config: ModelConfig) -> ModelConfig:
@@ -74,7 +77,7 @@ def random_batch(config: ModelConfig, case: Case, number: int) -> Batch:
     return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones_like(position, dtype=torch.bool), position, None)
 
 
-def train(config: ModelConfig, case: Case, variant: EngineConfig, device: torch.device, seconds: float) -> dict[str, object]:
+def train(name: str, config: ModelConfig, case: Case, variant: EngineConfig, device: torch.device, seconds: float) -> dict[str, object]:
     """Steps on one batch again and again, which a working step must learn, for about `seconds`."""
     world = World.single(device)
     engine = TorchEngine(config, ParallelConfig(ep=1), variant, OptimConfig(), world, Mesh(world, 1))
@@ -88,7 +91,7 @@ def train(config: ModelConfig, case: Case, variant: EngineConfig, device: torch.
         losses.append(engine.step(batches, 1e-3, lambda: None).loss)
         times.append(now(device) - start)
     if not losses[-1] < losses[0]:
-        raise RuntimeError(f"{case.model}: the loss went from {losses[0]:.4f} to {losses[-1]:.4f} on a batch seen {len(losses)} times")
+        raise RuntimeError(f"{name}: the loss went from {losses[0]:.4f} to {losses[-1]:.4f} on a batch seen {len(losses)} times")
     step_seconds = statistics.median(times[WARM_UP:])
     rate = case.sequences * case.seq_len * case.accumulation / step_seconds
     dtype = engine.autocast or torch.float32
@@ -108,12 +111,12 @@ def training(device: torch.device, seconds: float, quick: bool) -> dict[str, obj
     """Every case in every variant; the first loss of a case must be the same in all of them, up to bfloat16."""
     results: dict[str, object] = {}
     for name, case in CASES.items():
-        config = model_config(case.model)
+        config = model_config(name)
         if quick:
-            config, case = tiny(config), Case(case.model, 2, 16, case.accumulation)
+            config, case = tiny(config), Case(2, 16, case.accumulation)
         found = {}
         for variant, engine in VARIANTS.items():
-            found[variant] = train(config, case, engine, device, seconds / len(CASES) / len(VARIANTS))
+            found[variant] = train(name, config, case, engine, device, seconds / len(CASES) / len(VARIANTS))
             numbers = {key: f"{value:.4g}" for key, value in found[variant].items()}
             print(f"{name:12} {variant:28} " + ", ".join(f"{key} {value}" for key, value in numbers.items()), flush=True)
         first = [result["first_loss"] for result in found.values()]
@@ -172,8 +175,8 @@ def generation(device: torch.device, bytes_per_second: float, quick: bool) -> di
     """Decoding speed at several batch sizes, and the floor that memory sets."""
     prompt_size, num_tokens, batches = (4, 4, (1, 2)) if quick else (64, 128, (1, 4, 16))
     results: dict[str, object] = {}
-    for name, case in CASES.items():
-        config = tiny(model_config(case.model)) if quick else model_config(case.model)
+    for name in CASES:
+        config = tiny(model_config(name)) if quick else model_config(name)
         generator = torch.Generator().manual_seed(SEED)
         prompts = torch.randint(0, config.vocab_size, (max(batches), prompt_size), generator=generator).tolist()
         check_decoding(config, device, prompts[0])

@@ -27,7 +27,7 @@ SMALLER = [
     (r"^\. \.venv/bin/activate$", ""),
     (r"^(moetrain train \+experiment=gpt_moe_8e) --nproc 2$", rf"\1 --nproc 1 {' '.join(TINY)} {OWN_SOURCE}"),
     (r"^(moetrain train .*data=custom.*?)( --nproc 2)?$", rf"\1 {' '.join(TINY)} model.attention.num_kv_heads=2"),
-    (r"--vocab-size 4096", "--vocab-size 300 --validation 0.3 --test 0.3"),
+    (r"--vocab-size 2048", "--vocab-size 300 --validation 0.3 --test 0.3"),
     (r"--max-tokens \d+", "--max-tokens 4"),
     (r"^(moetrain env)$", r"\1 --folder my_project"),
 ]

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from moetrain.config import compose, to_config
 from tools import bench_experts, gpu_check
 from tools.bench_experts import QUICK, compare
+from tools.bench_step import CASES, model_config
 from tools.gpu_check import PARTS, PartFailed, Session, main
 from tools.gpu_check import tests as gpu_tests
 
@@ -60,6 +62,11 @@ def test_a_part_that_fails_or_lacks_a_package_lets_the_others_run(tmp_path: Path
 def test_no_part_begins_when_the_time_is_over(tmp_path: Path) -> None:
     assert main(["--device", "cpu", "--quick", "--out", str(tmp_path), "--budget", "0"]) == 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("experiment", CASES)
+def test_the_measured_model_is_the_experiments(experiment: str) -> None:
+    assert model_config(experiment) == to_config(compose([f"+experiment={experiment}"])).model
 
 
 def test_a_wrong_method_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
