@@ -1,7 +1,7 @@
 """Training steps and generation of real shapes on one device: tokens/s, MFU, memory, and what the floor allows.
 
-Models are those of the experiments in conf/, read without Hydra. Weights are the initial ones and tokens are random, so routing is that of a young model.
-Used by tools/gpu_check.py.
+Models are those of the experiments in conf/, read without Hydra. Weights are the initial ones and tokens are random, so routing is that of
+a young model. Used by tools/gpu_check.py.
 """
 
 import statistics
