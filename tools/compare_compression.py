@@ -43,7 +43,7 @@ def unigram_bits(prepared: Path, texts: list[bytes]) -> float:
     train = IndexedDataset(str(prepared / "train"))
     counts = np.ones(tokenizer.vocab_size)
     for index in range(len(train)):
-        np.add.at(counts, train[index], 1)
+        np.add.at(counts, np.asarray(train[index], dtype=np.int64), 1)
     bits = -np.log2(counts / counts.sum())
     held_out = Counter[int]()
     for text in texts:

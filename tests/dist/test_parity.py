@@ -74,7 +74,8 @@ def micro_batch(step: int, number: int) -> Batch:
 
 
 def merged(batches: list[Batch]) -> Batch:
-    tokens, labels, valid, position = (torch.cat([batch[i] for batch in batches]) for i in range(4))
+    parts = [batch[:4] for batch in batches]
+    tokens, labels, valid, position = (torch.cat(column) for column in zip(*parts, strict=True))
     return Batch(tokens, labels, valid, position, None)
 
 

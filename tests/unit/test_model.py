@@ -5,17 +5,20 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from moetrain.model.attention import AttentionInputs
 from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
 from moetrain.model.context import ForwardContext
-from moetrain.model.dispatch import LocalDispatcher
+from moetrain.model.dispatch import Counts, LocalDispatcher, Ticket
 from moetrain.model.experts import Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
+from moetrain.model.mlp import NormedSwiGLU
+from moetrain.model.scmoe import ScMoEBlock
 from moetrain.model.shapes import parameter_shapes
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.scores import gate_scores
 from moetrain.routing.select import TopK
-from moetrain.routing.types import RoutingContext
+from moetrain.routing.types import Routing, RoutingContext
 
 BLOCKS = ["dense", "moe", "shared", "scmoe"]
 
@@ -119,7 +122,7 @@ def test_shortcut_at_position_2_equals_the_equations_of_the_paper() -> None:
     config = tiny(num_layers=2)
     model = build(config)
     block = model.blocks[0]
-    from moetrain.model.attention import AttentionInputs
+    assert isinstance(block, ScMoEBlock) and block.moe.shared_gate is not None and isinstance(block.moe.shared, NormedSwiGLU)
 
     ids = tokens()
     inputs = AttentionInputs.of(config, ForwardContext(), (3, 10), ids.device)
@@ -153,16 +156,17 @@ def test_recomputation_routes_and_sends_only_once() -> None:
     calls: list[str] = []
 
     class Counting(LocalDispatcher):
-        def send(self, *inputs):
+        def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
             calls.append("send")
-            return super().send(*inputs)
+            return super().send(x_ND, routing, counts)
 
-        def send_back(self, *inputs):
+        def send_back(self, rows_RD: Tensor, ticket: Ticket) -> Ticket:
             calls.append("send_back")
-            return super().send_back(*inputs)
+            return super().send_back(rows_RD, ticket)
 
     model = build(tiny("scmoe"))
     for block in model.blocks:
+        assert isinstance(block, ScMoEBlock)
         block.moe.dispatcher = Counting()
     gradients(model, model(tokens(), ForwardContext(recompute=True)))
     assert calls == ["send", "send_back"] * 2
