@@ -106,7 +106,8 @@ def train(world: World, fold: Fold, ranks: int) -> Outcome:
     parallel = ParallelConfig(ep=fold.ep, dense=fold.dense, placement_seed=fold.placement_seed)
     optim = OptimConfig(beta1=BETA1, grad_clip=0.5)
     mesh = Mesh(world, fold.ep if world.size == ranks else 1)
-    engine = TorchEngine(model_config(fold), parallel, EngineConfig(dtype=fold.dtype, autocast="off", recompute=fold.recompute), optim, world, mesh)
+    settings = EngineConfig(dtype=fold.dtype, autocast="off", recompute=fold.recompute)
+    engine = TorchEngine(model_config(fold), parallel, settings, optim, world, mesh)
     engine.initialize(seed=1)
     results, moments = list[StepResult](), list[Fragment]()
     for number in range(STEPS):
