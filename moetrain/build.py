@@ -28,6 +28,7 @@ from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.model.count import training_flops_per_token
 from moetrain.parallel.native import TorchEngine
+from moetrain.store.bundle import Bundle
 from moetrain.telemetry.env import write_env
 from moetrain.telemetry.meter import Meter, peak_memory_bytes
 from moetrain.telemetry.open import open_sinks
@@ -37,7 +38,7 @@ from moetrain.train.hooks import EvaluateHook, EventHook, LogHook, ProfileHook, 
 from moetrain.train.loop import DONE
 from moetrain.train.loop import train as loop
 from moetrain.train.run import Progress, Run
-from moetrain.train.weights import load_bundle
+from moetrain.train.weights import load_bundle, require_same_tokenizer
 
 DONE_FILE = "DONE"  # in the run folder: nothing is left to do; Slurm does not requeue
 
@@ -80,7 +81,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
             set_aside(folder)
         remember_job(folder, os.environ)
     checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock)
-    report = _start(config, at, before, engine, checkpoint, progress)
+    report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)
     if world.is_main:
         (folder / DONE_FILE).unlink(missing_ok=True)  # a finished run that is lengthened goes on
         write_config(config, content, folder, sys.argv[1:])
@@ -118,20 +119,22 @@ def content_of(corpora: list[Corpus], vocab_size: int) -> dict[str, str]:
         if facts.vocab_size > vocab_size:
             rule = f"the corpus {corpus.folder} has {facts.vocab_size} tokens"
             raise ConfigError.of("model.vocab_size", vocab_size, rule, f"Use model.vocab_size={facts.vocab_size} or more.")
-        found[f"the training tokens of {corpus.folder}"] = corpus.manifest.splits["train"].bin_sha256
-        found[f"the tokenizer of {corpus.folder}"] = facts.sha256
+        found["tokenizer"] = facts.sha256  # the same for all of them
+        found[f"tokens of {corpus.folder}"] = corpus.manifest.splits["train"].bin_sha256
     return found
 
 
 def _start(
-    config: TrainConfig, at: str, before: TrainConfig | None, engine: TorchEngine, checkpoint: Checkpointer, progress: Progress
-) -> LoadReport | None:
+    config: TrainConfig, at: str, before: TrainConfig | None, tokenizer: str, engine: TorchEngine, checkpoint: Checkpointer,
+    progress: Progress,
+) -> LoadReport | None:  # fmt: skip
     """Initial values, a bundle's, or the newest checkpoint's."""
     state = engine.state()
     report = checkpoint.load(state, at)
     if report is None:
         engine.initialize(config.run.seed)
         if config.checkpoint.init_from:
+            require_same_tokenizer(Bundle.open(config.checkpoint.init_from), tokenizer)
             load_bundle(state, config.model, config.checkpoint.init_from)
             log.logger().info("The weights are those of the bundle %s; the optimizer starts fresh.", config.checkpoint.init_from)
         return None

@@ -34,7 +34,7 @@ def add_parsers(subparsers: "Subparsers") -> None:
     )
     plan.add_argument("experiment", metavar="EXPERIMENT", help="name of an experiment, or a first override")
     plan.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDES)
-    plan.add_argument("--world", type=positive, default=1, metavar="N", help="ranks to plan for (default: %(default)s)")
+    plan.add_argument("--world", type=positive, metavar="N", help="ranks to plan for (default: debug.world, or 1)")
     plan.set_defaults(run=run_plan)
     config = subparsers.add_parser(
         "config",
@@ -43,6 +43,7 @@ def add_parsers(subparsers: "Subparsers") -> None:
         epilog="Example: moetrain config +experiment=gpt_moe_8e optim.lr=2e-3",
     )
     config.add_argument("overrides", nargs="*", metavar="OVERRIDE", help=OVERRIDES)
+    config.add_argument("--from-bundle", metavar="BUNDLE", help="print the model of a bundle instead, to save as conf/model/NAME.yaml")
     config.set_defaults(run=run_config)
     experiments = subparsers.add_parser("experiments", help="list the ready-made experiments", description="Lists conf/experiment.")
     experiments.set_defaults(run=run_experiments)
@@ -71,15 +72,32 @@ def run_plan(args: argparse.Namespace) -> int:
     from moetrain.config import print_plan
 
     first = args.experiment if "=" in args.experiment else f"+experiment={args.experiment}"
-    print_plan(composed([first, *args.overrides, "debug=plan"]), args.world)
+    config = composed([first, "debug=plan", *args.overrides])
+    config.debug.plan = True
+    print_plan(config, args.world or config.debug.world or 1)
     return 0
 
 
 def run_config(args: argparse.Namespace) -> int:
     from omegaconf import OmegaConf
 
+    if args.from_bundle:
+        print(model_option(args.from_bundle), end="")
+        return 0
     print(OmegaConf.to_yaml(OmegaConf.structured(composed(args.overrides))), end="")
     return 0
+
+
+def model_option(path: str) -> str:
+    """A file for conf/model with every key of the bundle's model. Raises BundleError or ConfigError when it cannot be read."""
+    from omegaconf import OmegaConf
+
+    from moetrain.model.config import ModelConfig
+    from moetrain.store.bundle import Bundle
+
+    bundle = Bundle.open(path)
+    model = OmegaConf.structured(ModelConfig.from_dict(bundle.config))
+    return f"# The model of the bundle {bundle.folder.name}\n{OmegaConf.to_yaml(model)}"
 
 
 def run_experiments(args: argparse.Namespace) -> int:

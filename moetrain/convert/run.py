@@ -124,7 +124,7 @@ def _facts(folder: Path, settings: Values, choice: Choice) -> Values:
         "step": choice.manifest.step,
         "tokens": choice.manifest.progress.get("tokens"),
         "seed": run.get("seed"),
-        "data": {"name": data.get("name"), "seq_len": data.get("seq_len")},
+        "data": {key: data.get(key) for key in ("name", "seq_len", "document_boundaries")},
         "moetrain": moetrain.__version__,
     }
     if (evaluation := _last_evaluation(folder, choice.manifest.step)) is not None:

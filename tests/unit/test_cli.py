@@ -151,6 +151,8 @@ def test_plan_takes_a_name_or_overrides(capsys: pytest.CaptureFixture[str]) -> N
     assert "olmoe_1b_7b on 16 ranks" in capsys.readouterr().out
     assert cli.main(["plan", "model=gpt_125m", "--world", "2"]) == 0
     assert "321,768,960" in capsys.readouterr().out
+    assert cli.main(["plan", "olmoe_1b_7b", "debug.world=64"]) == 0
+    assert "olmoe_1b_7b on 64 ranks" in capsys.readouterr().out
     assert cli.main(["plan", "olmo"]) == 2
     assert "Did you mean olmoe_1b_7b?" in capsys.readouterr().err
 
