@@ -23,7 +23,7 @@ help: ## Show this list
 setup: $(STAMP) ## Make .venv and install everything into it (torch first, the rest pinned by constraints.txt)
 
 train: $(STAMP) ## Prepare the default corpus and train the small MoE on two processes; the same command again resumes
-	@OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 launch/train.py +experiment=$(EXPERIMENT) $(ARGS)
+	@OMP_NUM_THREADS=1 .venv/bin/moetrain train --nproc 2 +experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## Run every CPU test
 	@$(SMALL_THREADS) .venv/bin/python -m pytest -n 2 -m "not gpu and not slow" --coverage-map docs/coverage.md

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import hydra
@@ -12,6 +13,7 @@ from moetrain.config import EXPLAINED, TrainConfig, as_config_error, check, conf
 
 EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
+GRACE_SECONDS = 2.0
 # Every rank meets these alike, so rank 0 alone says them; another error may be known to one rank only.
 ALIKE = (ConfigError, PlanError, BundleError, MissingExtraError)
 
@@ -71,11 +73,16 @@ def start(config: TrainConfig) -> int:
 
 
 def report(error: MoetrainError) -> int:
-    """The sentence and its hint on standard error, once where every rank knows it."""
+    """The sentence and its hint on standard error, once where every rank knows it.
+
+    torchrun ends all ranks as soon as one has failed, so the others let rank 0 speak first.
+    """
     if rank() == 0:
         print(error, file=sys.stderr)
-    elif not isinstance(error, ALIKE):
-        print(f"rank {rank()}: {error}", file=sys.stderr)
+        return EXIT_MISTAKE
+    if not isinstance(error, ALIKE):
+        print(f"rank {rank()}: {error}", file=sys.stderr, flush=True)
+    time.sleep(GRACE_SECONDS)
     return EXIT_MISTAKE
 
 

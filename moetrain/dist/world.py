@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.base.errors import TrainingError
+from moetrain.base.log import logger
 from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.watch import Watch, Watchdog
 
@@ -54,18 +55,13 @@ class World:
     def join(cls, timeout_seconds: float = 120.0) -> "World":
         """The world that torchrun's environment describes, or one process without it; GPUs when the machine has them.
 
-        Raises TrainingError when the other ranks do not come in time or this machine has fewer GPUs than local ranks.
+        Raises TrainingError when the other ranks do not come in time, or one of several machines has fewer GPUs than local ranks.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls.single()
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
-        device = torch.device("cpu")
-        if torch.cuda.is_available():
-            if local_rank >= torch.cuda.device_count():
-                sentence = f"Local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}."
-                raise TrainingError(sentence, "Use a smaller --nproc-per-node, or CUDA_VISIBLE_DEVICES= to train on CPUs.")
-            device = torch.device("cuda", local_rank)
+        device = local_device(local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
         return cls._start(rank, size, local_rank, device, timeout_seconds, None)
 
     @classmethod
@@ -138,4 +134,21 @@ class World:
         slots = buffer.split(lengths.tolist())
         slots[self.rank].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.sum_(buffer, name=name)
-        return [json.loads(bytes(slot.tolist())) for slot in slots]
+        return [json.loads(slot.numpy().tobytes()) for slot in slots]
+
+
+def local_device(local_rank: int, size: int, local_size: int) -> torch.device:
+    """The rank's own GPU. CPUs for all ranks where there is none, or one machine has fewer GPUs than ranks.
+
+    Raises TrainingError when one of several machines has too few: the others would train on theirs.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count >= local_size:
+        return torch.device("cuda", local_rank)
+    if count and local_size < size:
+        sentence = f"Local rank {local_rank} has no GPU: this machine shows {count} for {local_size} ranks."
+        raise TrainingError(sentence, "Use a smaller --nproc-per-node, or CUDA_VISIBLE_DEVICES= to train on CPUs.")
+    if count and local_rank == 0:
+        sentence = "This machine shows fewer GPUs (%d) than ranks (%d): all ranks train on CPUs. On GPUs: moetrain train --nproc %d ..."
+        logger("dist").warning(sentence, count, local_size, count)
+    return torch.device("cpu")

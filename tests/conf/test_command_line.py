@@ -110,8 +110,13 @@ def test_every_spelling_of_multirun_is_refused(flag: str, monkeypatch: Patch, ca
     assert "--multirun is not possible" in err
 
 
-def test_other_ranks_are_quiet(monkeypatch: Patch, capsys: Capture) -> None:
+def test_other_ranks_are_quiet_and_let_rank_0_speak_before_torchrun_ends_it(monkeypatch: Patch, capsys: Capture) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("moetrain.launch.time.sleep", waits.append)
+    assert run_main(["optim.lrr=1"], monkeypatch, capsys, RANK="0")[0] == 2
+    assert waits == []
     assert run_main(["optim.lrr=1"], monkeypatch, capsys, RANK="1") == (2, "", "")
+    assert waits == [launch.GRACE_SECONDS]
     assert run_main(["debug=plan"], monkeypatch, capsys, RANK="1", WORLD_SIZE="2") == (0, "", "")
 
 

@@ -40,7 +40,7 @@ def clone(tmp_path: Path) -> Path:
     binaries.mkdir(parents=True)
     for name in ("Makefile", "pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, folder)
-    for name in ("python", "torchrun", "lint-imports"):
+    for name in ("python", "moetrain", "lint-imports"):
         stub = binaries / name
         stub.write_text(
             f'#!/bin/sh\necho "{name} $*" >>"$LOG"\nenv | grep -E "^(OMP_NUM_THREADS|PYTHONHASHSEED)=" | sort >>"$LOG"\n', encoding="utf-8"
@@ -162,7 +162,7 @@ def test_make_train_runs_the_main_job_on_two_processes(clone: Path):
     make(clone, "setup")
     commands(clone)
     assert make(clone, "train", "ARGS=optim.lr=1e-3 run.name=x").returncode == 0
-    job = "torchrun --standalone --nproc-per-node 2 launch/train.py +experiment=gpt_moe_8e optim.lr=1e-3 run.name=x"
+    job = "moetrain train --nproc 2 +experiment=gpt_moe_8e optim.lr=1e-3 run.name=x"
     assert commands(clone) == [job, "OMP_NUM_THREADS=1"]
 
 
