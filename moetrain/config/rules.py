@@ -12,20 +12,15 @@ CHOICES = {
     "engine.dtype": ("float32", "float64"),
     "engine.autocast": ("auto", "bfloat16", "off"),
     "engine.experts": ("auto", "loop", "bmm", "grouped_mm"),
-    "optim.schedule": ("cosine", "wsd", "constant"),
     "telemetry.console": ("auto", "live", "lines", "off"),
     "telemetry.wandb": ("off", "online", "offline"),
 }
 AT_LEAST = {
     1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps"),
     0: ("run.seed", "run.stop_after", "train.micro_batch_size", "train.accumulation", "train.evaluate_every", "train.evaluate_batches",
-        "train.sample_every", "train.sample_tokens", "data.seed", "optim.weight_decay", "optim.grad_clip", "optim.beta1", "optim.beta2",
-        "optim.warmup_fraction", "optim.decay_fraction", "optim.min_lr_ratio", "telemetry.experts_every",
-        "profile.start_step", "debug.world"),
+        "train.sample_every", "train.sample_tokens", "data.seed", "telemetry.experts_every", "profile.start_step", "debug.world"),
 }  # fmt: skip
-POSITIVE = ("optim.lr", "optim.eps", "parallel.timeout_seconds")
-BELOW_ONE = ("optim.beta1", "optim.beta2", "optim.warmup_fraction")
-AT_MOST_ONE = ("optim.decay_fraction", "optim.min_lr_ratio")
+POSITIVE = ("parallel.timeout_seconds",)
 
 
 def check(config: TrainConfig, world: int) -> None:
@@ -34,7 +29,7 @@ def check(config: TrainConfig, world: int) -> None:
     _check_run(config)
     config.model.check()
     _check_data(config)
-    _check_optim(config)
+    config.optim.check()
     _check_parallel(config)
     _check_checkpoint(config)
     axes(config.model, config.parallel, world)
@@ -73,12 +68,6 @@ def _check_ranges(config: TrainConfig) -> None:
     for key in POSITIVE:
         if not _number(config, key) > 0:
             raise ConfigError.of(key, value_at(config, key), "it must be positive")
-    for key in BELOW_ONE:
-        if not _number(config, key) < 1:
-            raise ConfigError.of(key, value_at(config, key), "it must be less than 1")
-    for key in AT_MOST_ONE:
-        if not _number(config, key) <= 1:
-            raise ConfigError.of(key, value_at(config, key), "it must be at most 1")
 
 
 def _check_run(config: TrainConfig) -> None:
@@ -114,13 +103,6 @@ def _check_corpora(config: TrainConfig) -> None:
     if not corpora or not all(corpus.path for corpus in corpora):
         hint = "Prepare text with: moetrain data prepare FILES --out DIR, and add: data=custom 'data.corpora=[{path: DIR}]'"
         raise ConfigError.of("data.corpora", [corpus.path for corpus in corpora], "training needs the folder of a prepared corpus", hint)
-
-
-def _check_optim(config: TrainConfig) -> None:
-    optim = config.optim
-    if optim.schedule == "wsd" and optim.warmup_fraction + optim.decay_fraction > 1:
-        rule = f"with optim.warmup_fraction={optim.warmup_fraction:g} the two are more than the whole run"
-        raise ConfigError.of("optim.decay_fraction", optim.decay_fraction, rule, f"Use at most {1 - optim.warmup_fraction:g}.")
 
 
 def _check_parallel(config: TrainConfig) -> None:
