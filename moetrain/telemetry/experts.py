@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from moetrain.base.log import logger
+
 SNAPSHOTS = "experts"
 
 
@@ -50,17 +52,22 @@ class Snapshot:
     banks: tuple[str, ...]
 
 
-def save_snapshot(run: Path, snapshot: Snapshot) -> Path:
-    """Writes `experts/step-*.npz`; it appears whole or not at all, and replaces that of an earlier try of the same step."""
+def save_snapshot(run: Path, snapshot: Snapshot) -> None:
+    """Writes `experts/step-*.npz`; it appears whole or not at all, and replaces that of an earlier try of the same step.
+
+    A full disk costs the snapshot, with a warning: showing numbers never ends a run.
+    """
     folder = run / SNAPSHOTS
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"step-{snapshot.step:08d}.npz"
     draft = file.with_suffix(".tmp")
-    with draft.open("wb") as stream:
-        banks = np.array(snapshot.banks, dtype=np.str_)
-        np.savez(stream, load=snapshot.load_LE.astype(np.int64), step=np.int64(snapshot.step), banks=banks)
-    os.replace(draft, file)
-    return file
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with draft.open("wb") as stream:
+            banks = np.array(snapshot.banks, dtype=np.str_)
+            np.savez(stream, load=snapshot.load_LE.astype(np.int64), step=np.int64(snapshot.step), banks=banks)
+        os.replace(draft, file)
+    except OSError as error:
+        logger("telemetry").warning("The expert load of step %d cannot be written: %s", snapshot.step, error)
 
 
 def load_snapshots(run: Path) -> list[Snapshot]:

@@ -31,8 +31,12 @@ class Profiler:
             return
         recording, self._profile = self._profile, None
         recording.stop()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        recording.export_chrome_trace(str(self.file))
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            recording.export_chrome_trace(str(self.file))
+        except (OSError, RuntimeError) as error:  # a full disk costs the profile, not the run
+            logger("telemetry").warning("The profile %s cannot be written: %s", self.file, error)
+            return
         logger("telemetry").info("Wrote the profile of steps %d to %d to %s; open it in ui.perfetto.dev.", self.first, self.last, self.file)
 
     def _start(self) -> None:

@@ -60,17 +60,22 @@ class Sinks:
 
 
 class JsonlSink:
-    """`metrics.jsonl` of the run folder: appended, one flushed line per record. A line torn by a kill is repaired on opening."""
+    """`metrics.jsonl` of the run folder: appended, one line per record, at once. A line torn by a kill is repaired on opening.
+
+    While the disk is full, records wait in memory and are written when there is room again.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        file = folder / METRICS_FILE
-        repair(file)
-        self._file = file.open("a", encoding="utf-8", buffering=1)
+        self.path = folder / METRICS_FILE
+        repair(self.path)
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""
+        self._warned = False
 
     def log(self, record: Record) -> None:
-        self._file.write(encode(record) + "\n")
-        self._file.flush()
+        self._waiting += encode(record).encode() + b"\n"
+        self._write()
 
     def show_load(self, step: int, load_LE: np.ndarray) -> None:
         pass  # kept as experts/step-*.npz
@@ -79,7 +84,18 @@ class JsonlSink:
         pass
 
     def close(self) -> None:
+        self._write()
         self._file.close()
+
+    def _write(self) -> None:
+        """As much as there is room for; a full disk may take a part of a line."""
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) or 0 :]
+        except OSError as error:
+            if not self._warned:
+                logger("telemetry").warning("%s cannot be written: %s. Records wait until it can.", self.path, error.strerror)
+            self._warned = True
 
 
 def repair(file: Path) -> None:

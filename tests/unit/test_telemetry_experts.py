@@ -57,3 +57,9 @@ def test_snapshots_come_back_by_step_and_a_second_try_replaces_the_first(tmp_pat
 
 def test_layers_are_labelled_by_their_block() -> None:
     assert layer_labels(("blocks.3.moe.experts", "head.experts")) == ["block 3", "head.experts"]
+
+
+def test_a_snapshot_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "experts").touch()  # a file where the folder should be fails like a full disk
+    save_snapshot(tmp_path, Snapshot(1, np.ones((1, 2)), ("blocks.0.moe.experts",)))
+    assert (tmp_path / "experts").read_bytes() == b""

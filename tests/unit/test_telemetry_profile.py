@@ -46,3 +46,9 @@ def test_memory_adds_allocations_to_the_trace(tmp_path: Path) -> None:
         drive(Profiler(ProfileConfig(start_step=1, num_steps=1, memory=memory), tmp_path / str(memory), rank=0), 1, 1)
     traces = [(tmp_path / str(memory) / "trace" / "rank0.json").read_text() for memory in (False, True)]
     assert ["[memory]" in trace for trace in traces] == [False, True]
+
+
+def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
+    (tmp_path / "trace").touch()  # a file where the folder should be fails like a full disk
+    drive(Profiler(ProfileConfig(start_step=1, num_steps=1), tmp_path, rank=0), 1, 2)
+    assert (tmp_path / "trace").is_file()

@@ -1,12 +1,14 @@
 """The fan-out, TensorBoard and wandb: a sink may fail, training may not."""
 
 import builtins
+import errno
 import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -20,7 +22,7 @@ from moetrain.telemetry.experts import Snapshot
 from moetrain.telemetry.open import open_sinks
 from moetrain.telemetry.plots import heat_map
 from moetrain.telemetry.record import Record, read_records
-from moetrain.telemetry.sinks import Sinks
+from moetrain.telemetry.sinks import JsonlSink, Sinks
 from moetrain.telemetry.tensorboard import TensorboardSink
 from moetrain.telemetry.wandb import open_wandb, stable_id
 
@@ -77,6 +79,38 @@ def test_a_failing_sink_is_dropped_with_one_warning_and_the_others_go_on(call: s
     assert good.calls == ["log", "show_load", "image"] * 2 + ["close"]
     assert len(caplog.records) == 1
     assert "ListSink" in caplog.text and "disk full" in caplog.text
+
+
+class FullDisk:
+    """A file that takes `room` bytes and no more."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.room = file, 5
+
+    def write(self, content: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written = self.file.write(content[: self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_records_wait_for_a_full_disk_and_none_is_lost_or_torn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = JsonlSink(tmp_path)
+    disk = FullDisk((tmp_path / "metrics.jsonl").open("ab", buffering=0))
+    monkeypatch.setattr(sink, "_file", disk)
+    sinks = Sinks([sink])
+    for step in (1, 2, 3):
+        disk.room = 10_000 if step == 3 else disk.room
+        sinks.log({"train/step": step})
+    sinks.close()
+    assert [record["train/step"] for record in read_records(tmp_path)] == [1, 2, 3]
+    assert caplog.text.count("No space left on device") == 1
 
 
 def test_only_rank_0_writes(tmp_path: Path) -> None:
