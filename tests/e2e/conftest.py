@@ -7,8 +7,8 @@ import pytest
 from tests.e2e.jobs import Job, made_once, prepare_text, small_run
 
 # By the hash of their names copyreg and sched are held out for validation, graphlib and rlcompleter for test.
-MODULES = "copyreg graphlib bisect code codeop colorsys copy fnmatch getopt hmac linecache netrc reprlib".split()
-MORE_MODULES = "sched rlcompleter filecmp glob queue shelve stat".split()
+MODULES = ("copyreg", "graphlib", "bisect", "code", "codeop", "copy", "fnmatch", "getopt", "hmac", "linecache", "netrc", "reprlib")
+MORE_MODULES = ("sched", "rlcompleter", "filecmp", "glob", "queue", "shelve", "stat")
 STEPS = 24
 
 

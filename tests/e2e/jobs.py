@@ -26,9 +26,10 @@ POLL_SECONDS = 0.05
 
 # Everything is small but the mechanism: 8 experts in two ScMoE pairs, 512 tokens a step.
 SMALL = (
-    "data=custom", "data.seq_len=64", "train.global_batch_tokens=512", "train.sample_every=0", "telemetry.console=lines",
-    "model.vocab_size=300", "model.max_position=64", "model.hidden_size=32", "model.ffn_size=64", "model.expert_ffn_size=32",
-    "model.shared_ffn_size=32", "model.attention.num_heads=2", "model.attention.num_kv_heads=2", "model.attention.head_dim=16",
+    "data=custom", "data.seq_len=64", "train.global_batch_tokens=512", "train.sample_every=0", "telemetry.console=lines", "optim=cosine",
+    "optim.lr=0.001", "model.vocab_size=300", "model.max_position=64", "model.hidden_size=32", "model.ffn_size=64",
+    "model.expert_ffn_size=32", "model.shared_ffn_size=32", "model.attention.num_heads=2", "model.attention.num_kv_heads=2",
+    "model.attention.head_dim=16",
 )  # fmt: skip
 TOKENS_PER_STEP = 512
 
@@ -137,7 +138,7 @@ def _is_writer_of(path: Path, trainers: Sequence[int]) -> bool:
 def train_here(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """launch/train.py on one rank in this process, which spares the imports; its exit code."""
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["launch/train.py", *overrides])
+    monkeypatch.setattr(sys, "argv", ["launch/train.py", *overrides, "telemetry.console=off"])
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # so that it is put back
     return launch.main()
 

@@ -98,3 +98,8 @@ def test_package_is_imported_by_its_owner_only(package: str, imports: dict[str, 
 def test_imports_inside_functions_count_and_those_for_type_checkers_do_not():
     source = "import a.b\nif TYPE_CHECKING:\n    import c\ndef f():\n    from d.e import g\nfrom . import h\n"
     assert imported_packages(ast.parse(source)) == {"a", "d"}
+
+
+def test_the_train_loop_fits_on_a_page() -> None:
+    lines = (PACKAGE / "train" / "loop.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 80
