@@ -1,7 +1,7 @@
 """Saving a run while it trains, and resuming it. Every rank calls the same methods; saving needs no collective.
 
 A save passes through three hands: a thread copies live state into the arena, the rank's writer process makes objects of it,
-rank 0's writer commits. The training thread waits for the first only, and only before it changes the state.
+rank 0's writer commits. The training thread waits for the first only, and only before it changes the state: no disk is touched before.
 """
 
 import threading
@@ -18,14 +18,15 @@ from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import lay_out, my_parts
 from moetrain.checkpoint.process import Writer, WriterDied, WriterProcess
-from moetrain.checkpoint.recover import Agree, LoadReport, agreed_choice, from_rank_zero, restore
+from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together
 from moetrain.checkpoint.select import rotation
 from moetrain.model.state import ModelState
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from moetrain.store.objects import CheckpointFolder
 
-_POLL_SECONDS = 0.02
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
+PATIENCE_SECONDS = 5.0  # a save that comes while the one before it still runs holds up training no longer than this
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,15 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, writer: Writer | None = None
-    ) -> None:
-        """Every rank constructs it; `agree` is called once. `writer`: None for the rank's own process.
+        self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, writer: Writer | None = None,
+        gather: Gather | None = None,
+    ) -> None:  # fmt: skip
+        """Every rank constructs it; `agree` is called once. `writer`: None for the rank's own process; `gather`: None in one process.
 
         Raises CheckpointError when the folder cannot be written.
         """
-        self._config, self._rank, self._world, self._agree, self._clock = config, rank, world, agree, clock
+        self._config, self._rank, self._world, self._clock = config, rank, world, clock
+        self._gather = gather or (lambda value: [agree(value)])
         self._folder = CheckpointFolder(folder.absolute(), Io())
         first = from_rank_zero(rank, agree, lambda: str(self._folder.claim(clock.now())))
         save = SaveId.parse(first or "")
@@ -98,6 +101,7 @@ class Checkpointer:
         self._next = save
         self._line = Line()
         self._attempts: dict[SaveId, Line] = {}
+        self._busy = threading.Lock()  # held by the save that owns the arena and the writer
         self._writer = writer or WriterProcess()
         self._arena: Arena | None = None
         self._pending: Pending | None = None
@@ -107,7 +111,8 @@ class Checkpointer:
         """Starts a save and returns at once. `state` may change only after `wait_copied`; `progress` is JSON-able and has `step`.
 
         A save that cannot be committed (a full disk, a dead writer, a late rank) is given up with a warning; the next one
-        takes the same experts. Raises CheckpointError when another job has taken over the folder.
+        takes the same experts. So is one that finds the save before it still running, except a `full` one, which waits for it.
+        Raises CheckpointError when another job has taken over the folder.
         """
         previous, pending = self._pending, Pending(self._next, int(progress["step"]))
         if previous is not None and previous.error is not None:
@@ -140,12 +145,13 @@ class Checkpointer:
         pending = self._pending
         if pending is None:
             return
-        if not pending.done.wait(limit_seconds):
+        if not pending.done.wait(limit_seconds) or not self._busy.acquire(timeout=-1 if limit_seconds is None else limit_seconds):
             raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
         self._writer.stop()
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+        self._busy.release()
         if pending.error is not None:
             raise pending.error
         if not pending.committed:
@@ -155,13 +161,13 @@ class Checkpointer:
     def load(self, state: ModelState, at: str) -> LoadReport | None:
         """Restores the newest good recovery point into `state`, in place, on every rank the same one; None when there is none to restore.
 
-        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `agree` is called once.
+        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `gather` is called now and then.
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
-        choice = agreed_choice(self._folder.path, at, self._rank, self._agree)
-        if choice is None:
+        restored = restore_together(self._folder.path, at, state, self._rank, self._world, self._gather)
+        if restored is None:
             return None
-        report = restore(choice, state, self._world)
+        choice, report = restored
         manifest = choice.manifest
         own = choice.folder.resolve() == self._folder.path.resolve()
         # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
@@ -176,20 +182,41 @@ class Checkpointer:
     def _run(self, pending: Pending, previous: Pending | None, state: ModelState, progress: dict, full: bool, ready: Ready) -> None:
         try:
             if previous is not None:
-                previous.done.wait()  # its outcome decides whose turn it is, and its arena is free then
-            job, arena = self._copy(pending, state, progress, full, ready)
-            pending.copied.set()
-            self._settle(pending, job, self._answer(job, arena))
+                previous.copied.wait()  # one after the other
+            if not self._busy.acquire(timeout=-1 if full else PATIENCE_SECONDS):
+                pending.copied.set()
+                self._skip(pending, "the save before it was still running.")
+                return
+            try:
+                self._carry_out(pending, state, progress, full, ready)
+            finally:
+                self._busy.release()
         except Exception as error:
             pending.error = error
         finally:
-            self._status = replace(self._status, pending_seq=None)
             pending.copied.set()
             pending.done.set()
 
+    def _carry_out(self, pending: Pending, state: ModelState, progress: dict, full: bool, ready: Ready) -> None:
+        self._status = replace(self._status, pending_seq=pending.seq)
+        try:
+            job, arena = self._copy(pending, state, progress, full, ready)
+            pending.copied.set()
+            self._settle(pending, job, self._answer(job, arena))
+            self._line = self._current_line()  # now, so that the next save need not ask a disk before it copies
+        except OSError as error:
+            self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
+        finally:
+            self._status = replace(self._status, pending_seq=None)
+
+    def _skip(self, pending: Pending, reason: str) -> None:
+        """This rank takes no part in a save, so there will be none; the others hear of it through the folder."""
+        self._fail(pending, reason, warn=True)
+        self._refuse(pending.save, reason)
+
     def _copy(self, pending: Pending, state: ModelState, progress: dict, full: bool, ready: Ready) -> tuple[SaveJob, Arena]:
         """Chooses what this rank writes and copies it into the arena."""
-        line = self._attempts[pending.save] = self._current_line()
+        line = self._attempts[pending.save] = self._line
         selection = None if self._is_full(line, full) else rotation(line.index, line.banks or {}, self._config.experts_per_save)
         parts = parts_of(state)
         wanted = [number for number, part in enumerate(parts) if is_written(part.tensor, self._config.mode, selection)]
@@ -217,14 +244,18 @@ class Checkpointer:
         return job, arena
 
     def _current_line(self) -> Line:
-        """Read from the folder, not remembered: every rank sees the same, even one that missed a commit."""
-        committed = [save for save in self._folder.saves() if save in self._attempts]
+        """Read from the folder, not remembered: every rank sees the same."""
+        line = self._line
+        committed = [save for save in sorted(self._attempts, reverse=True) if self._folder.outcome(save)]
         if committed:
             tried = self._attempts[committed[0]]
             banks = tried.banks or self._banks(committed[0])
-            self._line = Line(committed[0], tried.index + 1, banks)
-            self._attempts = {committed[0]: replace(tried, banks=banks)}
-        return self._line
+            line = Line(committed[0], tried.index + 1, banks)
+            later = {save: attempt for save, attempt in self._attempts.items() if save > committed[0]}
+            self._attempts = {committed[0]: replace(tried, banks=banks)} | later
+        if any(self._folder.needs_full(save) for save in self._attempts):
+            return Line(None, line.index)
+        return line
 
     def _banks(self, save: SaveId) -> dict[str, int] | None:
         try:
@@ -249,16 +280,16 @@ class Checkpointer:
         try:
             return self._writer.run(job, arena.descriptor, 3 * job.timeout_seconds)
         except WriterDied as died:
-            self._report_death(job, str(died))
+            self._refuse(job.save, str(died))
             return Reply("abandoned", f"rank {self._rank}: {died}")
 
-    def _report_death(self, job: SaveJob, reason: str) -> None:
+    def _refuse(self, save: SaveId, reason: str) -> None:
         """In the writer's place: rank 0 decides, other ranks hand in an error, so that rank 0 need not wait for the time limit."""
         try:
             if self._rank == 0:
-                self._folder.abandon(job.save, reason)
+                self._folder.abandon(save, reason)
             else:
-                self._folder.put_receipt(job.save, job.rank, Receipt(job.rank, job.index, job.selection, [], [], reason).to_json())
+                self._folder.put_receipt(save, self._rank, Receipt(self._rank, 0, None, [], [], reason).to_json())
         except OSError as error:
             logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be written: {error.strerror}.")
 
@@ -267,8 +298,10 @@ class Checkpointer:
         if reply.outcome == "superseded":
             raise CheckpointError(reply.reason, "Stop one of the two jobs, or give them different run names.")
         deadline = self._clock.monotonic() + 3 * job.timeout_seconds
+        pause = FIRST_POLL_SECONDS
         while (outcome := self._folder.outcome(job.save)) is None and self._clock.monotonic() < deadline:
-            self._clock.sleep(_POLL_SECONDS)
+            self._clock.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL_SECONDS)  # many ranks ask one folder
         pending.committed = bool(outcome)
         if pending.committed:
             self._status = replace(
@@ -280,7 +313,11 @@ class Checkpointer:
                 oldest_expert_steps=reply.oldest_expert_steps,
             )
             return
-        pending.reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
-        self._status = replace(self._status, failures=self._status.failures + 1, last_failure=pending.reason)
-        if self._rank == 0 or reply.outcome == "abandoned":
-            logger("checkpoint").warning(f"The checkpoint of step {job.step} (seq {job.save.seq}) was given up: {pending.reason}")
+        reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
+        self._fail(pending, reason, warn=self._rank == 0 or reply.outcome == "abandoned")
+
+    def _fail(self, pending: Pending, reason: str, warn: bool) -> None:
+        pending.reason = reason
+        self._status = replace(self._status, failures=self._status.failures + 1, last_failure=reason)
+        if warn:
+            logger("checkpoint").warning(f"The checkpoint of step {pending.step} (seq {pending.seq}) was given up: {reason}")

@@ -1,11 +1,12 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
+import numpy as np
 from crc32c import crc32c
 
 from moetrain.base.errors import CheckpointError
@@ -14,68 +15,98 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
-Known = dict[tuple[str, tuple[int, ...]], str]
-"""Object and what was read of it -> its damage, so that an object many recovery points share is read once."""
+Look = Callable[[CheckpointFolder, ObjectRecord, list[Piece]], str]
+"""What is wrong with an object of which a manifest needs these pieces; "" when nothing is."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A recovery point that was read in full and found good. `damage`: sentences about what had to be passed over or replaced."""
+    """A recovery point that was looked at and found good. `damage`: sentences about what had to be passed over or replaced."""
 
     folder: Path
     manifest: Manifest
     damage: list[str]
 
 
+def open_object(folder: CheckpointFolder, record: ObjectRecord) -> ArrayReader:
+    """Its description, length and chunk index checked. Raises CheckpointError."""
+    reader = ArrayReader(folder.object_folder(record.name), folder.io)
+    if crc32c(reader.metadata) != record.metadata_crc:
+        raise CheckpointError(f"{reader.folder} is damaged: its description is not the one in the manifest.")
+    return reader
+
+
+def read_values(reader: ArrayReader, piece: Piece) -> np.ndarray:
+    """The flat values of a piece. Raises CheckpointError unless they are those that were saved."""
+    values = reader.read(piece.start, prod(piece.shape))
+    if crc32c(bytes_of(values)) != piece.crc:
+        raise CheckpointError(f"{reader.folder} is damaged: its values are not the ones in the manifest.")
+    return values
+
+
 def check_object(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
-    """Reads every byte of an object and compares it with the manifest. Returns what is wrong, "" when nothing is."""
+    """Reads every byte of an object and compares it with the manifest."""
     try:
-        reader = ArrayReader(folder.object_folder(record.name), folder.io)
-        if crc32c(reader.metadata) != record.metadata_crc:
-            return f"{reader.folder} is damaged: its description is not the one in the manifest."
+        reader = open_object(folder, record)
         for piece in pieces:
-            if piece.value is None and crc32c(bytes_of(reader.read(piece.start, prod(piece.shape)))) != piece.crc:
-                return f"{reader.folder} is damaged: its values are not the ones in the manifest."
+            if piece.value is None:
+                read_values(reader, piece)
     except CheckpointError as error:
         return error.message
     return ""
 
 
-def check(folder: CheckpointFolder, manifest: Manifest, known: Known) -> dict[str, str]:
-    """Object name -> damage of every bad object of a recovery point. `known`: what was read before, extended here."""
+def glance(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
+    """Everything about an object but its values: two small reads."""
+    try:
+        open_object(folder, record)
+    except CheckpointError as error:
+        return error.message
+    return ""
+
+
+def remembered(look: Look) -> Look:
+    """Looks once at an object that many recovery points share."""
+    known: dict[tuple[str, tuple[int, ...]], str] = {}
+
+    def recall(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
+        key = record.name, tuple(piece.start for piece in pieces)
+        if key not in known:
+            known[key] = look(folder, record, pieces)
+        return known[key]
+
+    return recall
+
+
+def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str, str]:
+    """Object name -> damage of every bad object of a recovery point."""
     members: dict[str, list[Piece]] = defaultdict(list)
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
             members[piece.object].append(piece)
-    bad = {}
-    for name, record in manifest.objects.items():
-        pieces = sorted(members[name], key=lambda piece: piece.start)
-        reads = name, tuple(piece.start for piece in pieces)
-        if reads not in known:
-            known[reads] = check_object(folder, record, pieces)
-        if known[reads]:
-            bad[name] = known[reads]
-    return bad
+    damage = {name: look(folder, record, sorted(members[name], key=lambda piece: piece.start)) for name, record in manifest.objects.items()}
+    return {name: sentence for name, sentence in damage.items() if sentence}
 
 
-def choose(path: Path, io: Io) -> Choice | None:
+def choose(path: Path, io: Io, look: Look = check_object) -> Choice | None:
     """The newest recovery point of a checkpoint folder that can be restored in full; None when there never was one.
 
     An expert whose object is damaged comes from the newest older recovery point that has a good version of all of it; when none
-    has, or anything else is damaged, the next older recovery point is tried. Raises CheckpointError when none is left.
+    has, or anything else is damaged, the next older recovery point is tried. `look` finds the damage: by default it reads every byte.
+    Raises CheckpointError when none is left.
     """
     folder = CheckpointFolder(path, io)
     history = list(folder.history())
-    known: Known = {}
+    look = remembered(look)
     damage: list[str] = []
     for number, manifest in enumerate(history):
         if isinstance(manifest, CheckpointError):
             damage.append(manifest.message)
             continue
-        bad = check(folder, manifest, known)
+        bad = check(folder, manifest, look)
         damage += bad.values()
         older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
-        repaired = repair(folder, manifest, bad, older, known, damage)
+        repaired = repair(folder, manifest, bad, older, look, damage)
         if repaired is not None:
             return Choice(path, repaired, damage)
         damage.append(f"The checkpoint of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
@@ -85,7 +116,7 @@ def choose(path: Path, io: Io) -> Choice | None:
 
 
 def repair(
-    folder: CheckpointFolder, manifest: Manifest, bad: dict[str, str], older: Iterator[Manifest], known: Known, damage: list[str]
+    folder: CheckpointFolder, manifest: Manifest, bad: dict[str, str], older: Iterator[Manifest], look: Look, damage: list[str]
 ) -> Manifest | None:
     """The manifest with every expert that touches a bad object taken from an older recovery point; None when that cannot be done."""
     touched = [tensor for tensor in manifest.tensors.values() if any(piece.object in bad for piece in tensor.pieces)]
@@ -95,7 +126,7 @@ def repair(
     for source in older:
         if not missing:
             break
-        bad_there = check(folder, source, known)
+        bad_there = check(folder, source, look)
         for group in sorted(missing):
             replaced = take_group(manifest, source, group, bad_there)
             if replaced is not None:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import Known, check
+from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest
@@ -63,12 +63,12 @@ def show(arguments: argparse.Namespace) -> int:
 
 def verify(arguments: argparse.Namespace) -> int:
     folder = CheckpointFolder(resolve(arguments.folder), Io())
-    known: Known = {}
+    look = remembered(check_object)
     failed = False
     for save in folder.saves():
         try:
             point = folder.manifest(save)
-            bad = list(check(folder, point, known).values())
+            bad = list(check(folder, point, look).values())
         except CheckpointError as error:
             point, bad = None, [error.message]
         if save not in folder.saves():  # swept by a running job while it was read

@@ -13,11 +13,9 @@ from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
 def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: float) -> Manifest:
     """The recovery point of this save: what was written now, and from `parent` the experts whose turn it was not.
 
-    Raises CheckpointError when a rank reports an error, ranks disagree, or a tensor is not covered exactly once.
+    Raises CheckpointError when ranks disagree or a tensor is not covered exactly once.
     """
     for receipt in receipts:
-        if receipt.error:
-            raise CheckpointError(f"rank {receipt.rank} could not write its part: {receipt.error}")
         if (receipt.index, receipt.selection) != (job.index, job.selection):
             raise CheckpointError(f"rank {receipt.rank} chose other experts than rank 0.")
     objects = {record.name: record for receipt in receipts for record in receipt.objects}

@@ -3,25 +3,29 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from math import prod
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import Choice, choose
+from moetrain.checkpoint.choose import Choice, Look, check_object, choose, glance, open_object, read_values
 from moetrain.checkpoint.table import expert_table
 from moetrain.model.state import Fragment, ModelState
 from moetrain.store.boxes import overlap
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest, Piece, Tensor
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, Tensor
 from moetrain.store.objects import CheckpointFolder, resolve
 
 Agree = Callable[[object], object]
 """Every rank gets what rank 0 passed; other ranks pass None. The identity in one process."""
+Gather = Callable[[object], list[object]]
+"""Every rank gets what every rank passed, in order of rank. A list of one in one process."""
+
+MEET_SECONDS = 5.0  # far below any time limit of a collective
 
 
 def alone(value: object) -> object:
@@ -59,52 +63,112 @@ class LoadReport:
 
 def from_rank_zero(rank: int, agree: Agree, compute: Callable[[], str | None]) -> str | None:
     """What `compute` gives on rank 0, on every rank; a CheckpointError there is raised on every rank, so that none waits."""
-    answer: list[str | None] = [None, None, ""]
-    if rank == 0:
-        try:
-            answer[0] = compute()
-        except CheckpointError as error:
-            answer[1:] = [error.message, error.hint]
-        except OSError as error:
-            answer[1] = f"{error.filename} cannot be used: {error.strerror}."
-    found = agree(answer if rank == 0 else None)
-    assert isinstance(found, list | tuple)
-    value, message, hint = found
+    value = _value(agree(_answer(compute) if rank == 0 else None))
+    assert value is None or isinstance(value, str)
+    return value
+
+
+def together(work: Callable[[], object], gather: Gather) -> list[object]:
+    """What `work` gives on every rank, in order of rank; JSON-able. A CheckpointError on one rank is raised on every rank.
+
+    Meanwhile the ranks meet every few seconds, so that no collective waits for a slow disk.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(_answer, work)
+        answers: list[object] = [None]
+        while None in answers:
+            wait([future], MEET_SECONDS)
+            answers = gather(future.result() if future.done() else None)
+    return [_value(answer) for answer in answers]
+
+
+def _answer(work: Callable[[], object]) -> list[object]:
+    """[value, message, hint]: a message when there is no value."""
+    try:
+        return [work(), None, ""]
+    except CheckpointError as error:
+        return [None, error.message, error.hint]
+    except OSError as error:
+        return [None, f"{error.filename} cannot be used: {error.strerror}.", ""]
+
+
+def _value(answer: object) -> object:
+    assert isinstance(answer, list | tuple)
+    value, message, hint = answer
     if message is not None:
         raise CheckpointError(message, hint)
     return value
 
 
-def agreed_choice(folder: Path, at: str, rank: int = 0, agree: Agree = alone, io: Io | None = None) -> Choice | None:
-    """The recovery point that all ranks restore. `at`: auto (own folder, None when it has none) | must | never | a path.
+def agreed_choice(folder: Path, at: str, io: Io | None = None, look: Look = check_object) -> Choice | None:
+    """The recovery point to restore. `at`: auto (own folder, None when it has none) | must | never | a path.
 
-    Rank 0 reads all of it, so that every rank knows it to be good before any state is touched.
-    Raises CheckpointError on every rank when there is none (must, a path) or none is good.
+    By default all of it is read, so that it is known to be good before any state is touched.
+    Raises CheckpointError when there is none (must, a path) or none is good.
     """
     if at == "never":
         return None
+    path = folder if at in ("auto", "must") else resolve(Path(at))
+    choice = choose(path, io or Io(), look)
+    if choice is None and at != "auto":
+        raise CheckpointError(f"There is no checkpoint in {path}.", "Start anew with checkpoint.resume=auto.")
+    return choice
+
+
+def restore_together(
+    folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None
+) -> tuple[Choice, LoadReport] | None:
+    """The same recovery point into the state of every rank; `folder`, `at` and errors as in `agreed_choice`, on every rank.
+
+    Rank 0 chooses at a glance, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
+    choose and read again: after an error, and only then, the state is a mixture.
+    """
+    found: dict[str, str] = {}
+
+    def look(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
+        return found.get(record.name) or glance(folder, record, pieces)
 
     def pick() -> str | None:
-        path = folder if at in ("auto", "must") else resolve(Path(at))
-        choice = choose(path, io or Io())
-        if choice is not None:
-            return json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage])
-        if at == "auto":
-            return None
-        raise CheckpointError(f"There is no checkpoint in {path}.", "Start anew with checkpoint.resume=auto.")
+        choice = agreed_choice(folder, at, io, look) if rank == 0 else None
+        return choice and json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage])
 
-    found = from_rank_zero(rank, agree, pick)
-    if found is None:
-        return None
-    path, manifest, damage = json.loads(found)
-    return Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage)
+    while (picked := together(pick, gather)[0]) is not None:
+        path, manifest, damage = json.loads(str(picked))
+        choice = Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage)
+        bad = _merged(together(partial(_read, choice, state, world, io or Io()), gather))
+        if not bad:
+            return choice, describe(choice, state, world)
+        found |= bad
+    return None
+
+
+def _read(choice: Choice, state: ModelState, world: int, io: Io) -> dict[str, str]:
+    describe(choice, state, world)
+    return _fill(choice, state, io)
+
+
+def _merged(findings: list[object]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for found in findings:
+        assert isinstance(found, dict)
+        merged |= found
+    return merged
 
 
 def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None) -> LoadReport:
     """Fills the fragments in place, cutting their boxes out of whatever boxes were saved. Every byte read is checked.
 
-    Raises CheckpointError when a tensor is missing or has another shape, before anything is overwritten.
+    Raises CheckpointError when a tensor is missing or has another shape, before anything is overwritten, and for damage.
     """
+    report = describe(choice, state, world)
+    damage = _fill(choice, state, io or Io())
+    if damage:
+        raise CheckpointError(" ".join(damage.values()))
+    return report
+
+
+def describe(choice: Choice, state: ModelState, world: int) -> LoadReport:
+    """What restoring will do. Raises CheckpointError when a tensor is missing or has another shape."""
     manifest = choice.manifest
     remapped = []
     if manifest.world != world:
@@ -112,7 +176,6 @@ def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None)
     types = {(_tensor_of(manifest, fragment).dtype, dtype_name(fragment.data)) for fragment in state}
     if casts := sorted(f"{saved} to {live}" for saved, live in types if saved != live):
         remapped.append(f"Values are converted from {', '.join(casts)}.")
-    _fill(choice, state, io or Io())
     return LoadReport(choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts))
 
 
@@ -132,7 +195,8 @@ def _tensor_of(manifest: Manifest, fragment: Fragment) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(choice: Choice, state: ModelState, io: Io) -> None:
+def _fill(choice: Choice, state: ModelState, io: Io) -> dict[str, str]:
+    """Object name -> damage of what could not be read; the fragments of the others are filled."""
     reads: dict[str, list[tuple[Piece, str, Fragment]]] = defaultdict(list)
     for fragment in state:
         tensor = _tensor_of(choice.manifest, fragment)
@@ -144,19 +208,23 @@ def _fill(choice: Choice, state: ModelState, io: Io) -> None:
             else:
                 reads[piece.object].append((piece, tensor.dtype, fragment))
     folder = CheckpointFolder(choice.folder, io)
+    damage = {}
     for name, wanted in reads.items():
-        reader = ArrayReader(folder.object_folder(name), io)
-        for piece, dtype, fragment in sorted(wanted, key=lambda read: read[0].start):
-            values = read_piece(reader, piece, dtype)
-            cut = overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape)
-            assert cut is not None
-            fragment.data.detach()[cut[1]].copy_(values[cut[0]])
+        try:
+            reader = open_object(folder, choice.manifest.objects[name])
+            for piece, dtype, fragment in sorted(wanted, key=lambda read: read[0].start):
+                values = read_piece(reader, piece, dtype)
+                cut = overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape)
+                assert cut is not None
+                fragment.data.detach()[cut[1]].copy_(values[cut[0]])
+        except CheckpointError as error:
+            damage[name] = error.message
+    return damage
 
 
 def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:
-    """A saved box as a tensor of its own type."""
-    values: np.ndarray = reader.read(piece.start, prod(piece.shape))
-    return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(piece.shape)
+    """A saved box as a tensor of its own type. Raises CheckpointError when it is damaged."""
+    return torch.from_numpy(read_values(reader, piece)).view(getattr(torch, dtype)).reshape(piece.shape)
 
 
 def whole_tensors(choice: Choice, component: str = "master", io: Io | None = None) -> Iterator[tuple[str, torch.Tensor]]:

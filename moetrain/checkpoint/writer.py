@@ -29,10 +29,15 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, Tensor
 from moetrain.store.objects import CheckpointFolder, Superseded
 
-ORPHAN_SECONDS = 5.0  # how long rank 0's writer still waits for receipts when its trainer is dead
+ORPHAN_SECONDS = 5.0  # how long rank 0's writer still waits for news when its trainer is dead,
+ORPHAN_BUSY_SECONDS = 20.0  # and how long when every rank without a receipt has begun to write
 LENGTH = struct.Struct("<Q")
 
 Alive = Callable[[], bool]
+
+
+class LostParent(CheckpointError):
+    """The recovery point that this save refers to cannot be read; the next one must hold every expert."""
 
 
 def persist(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receipt:
@@ -78,24 +83,32 @@ def attributes(job: SaveJob, tensors: list[Tensor]) -> dict[str, object]:
 def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> list[Receipt]:
     """The receipts of all ranks, in order of rank.
 
-    Raises CheckpointError naming the ranks that handed in none within the time limit, Superseded when another job took over.
+    Raises CheckpointError for a rank that reports an error or the ranks that handed in nothing within the time limit, Superseded
+    when another job took over. Without its trainer it waits no longer than receipts keep coming.
     """
     receipts = {job.rank: own}
-    deadline = clock.monotonic() + job.timeout_seconds
-    orphan = False
+    news = started = clock.monotonic()
+    orphaned: float | None = None
     pause = 0.005
     while True:
         for rank in range(job.world):
             if rank not in receipts and (found := folder.receipt(job.save, rank)) is not None:
                 receipts[rank] = Receipt.of_json(found)
-        if len(receipts) == job.world:
+                news = clock.monotonic()
+                if receipts[rank].error:
+                    raise CheckpointError(f"rank {rank} could not write its part: {receipts[rank].error}")
+        missing = [rank for rank in range(job.world) if rank not in receipts]
+        if not missing:
             return [receipts[rank] for rank in range(job.world)]
         folder.check_claim(job.save.epoch)
-        if not orphan and not alive():
-            orphan, deadline = True, min(deadline, clock.monotonic() + ORPHAN_SECONDS)
-        if clock.monotonic() > deadline:
-            missing = ", ".join(str(rank) for rank in range(job.world) if rank not in receipts)
-            raise CheckpointError(f"no receipt came from rank {missing} within {job.timeout_seconds:g} s.")
+        limit = started + job.timeout_seconds
+        if not alive():
+            orphaned = clock.monotonic() if orphaned is None else orphaned
+            busy = folder.begun(job.save).issuperset(missing)
+            limit = min(limit, max(news, orphaned) + (ORPHAN_BUSY_SECONDS if busy else ORPHAN_SECONDS))
+        if clock.monotonic() > limit:
+            names = ", ".join(map(str, missing))
+            raise CheckpointError(f"no receipt came from rank {names} within {clock.monotonic() - started:.1f} s.")
         clock.sleep(pause)
         pause = min(2 * pause, 0.2)
 
@@ -106,12 +119,21 @@ def commit(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
     Raises CheckpointError or OSError when the save was not committed. A sweep that fails only leaves more behind.
     """
     receipts = gather(job, own, folder, clock, alive)
-    parent = folder.manifest(job.parent) if job.parent and job.selection is not None else None
+    parent = _parent(job, folder)
     manifest = merge(job, receipts, parent, clock.now())
     folder.commit(manifest)
     with suppress(OSError, CheckpointError):
         folder.sweep(job.keep, job.save)
     return manifest
+
+
+def _parent(job: SaveJob, folder: CheckpointFolder) -> Manifest | None:
+    if job.parent is None or job.selection is None:
+        return None
+    try:
+        return folder.manifest(job.parent)
+    except CheckpointError as error:
+        raise LostParent(f"{error.message} The next checkpoint is a full one.") from error
 
 
 def handle(job: SaveJob, arena: memoryview, io: Io, clock: Clock, alive: Alive) -> Reply:
@@ -134,7 +156,7 @@ def handle(job: SaveJob, arena: memoryview, io: Io, clock: Clock, alive: Alive) 
     except (OSError, CheckpointError) as error:
         if folder.outcome(job.save) is not True:  # an error after the name appeared, as of the last fsync, undoes nothing
             with suppress(OSError):
-                folder.abandon(job.save, str(error))
+                folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))
             return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
         manifest = folder.manifest(job.save)
     oldest = max(manifest.ages().values(), default=0)

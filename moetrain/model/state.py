@@ -50,6 +50,9 @@ class Fragment:
     holders: tuple[int, ...]
     data: Tensor
 
+    def __post_init__(self) -> None:
+        assert tuple(self.data.shape) == self.box.shape, f"{self.key} shows {tuple(self.data.shape)} as {self.box}"
+
     @property
     def key(self) -> str:
         """Unique among logical tensors: `name:component` or `name:component:expert`."""

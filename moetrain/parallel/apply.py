@@ -34,6 +34,12 @@ def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:
     return (module for module in model.modules() if isinstance(module, FSDPModule))
 
 
+def reshard(model: nn.Module) -> None:
+    """Makes every parameter its shard again: FSDP2 leaves the root's whole after a forward pass without a backward one."""
+    for module in fsdp_modules(model):
+        module.reshard()
+
+
 def apply_compile(model: GPT) -> None:
     """torch.compile of every attention and feed-forward; routing, exchanges and the residual stream stay eager."""
     for module in model.modules():

@@ -21,7 +21,7 @@ from moetrain.optim.adamw import AdamW, NamedParameter
 from moetrain.optim.clip import clip_gradients
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.alltoall import AllToAllDispatcher
-from moetrain.parallel.apply import apply_compile, apply_fsdp, fsdp_modules
+from moetrain.parallel.apply import apply_compile, apply_fsdp, fsdp_modules, reshard
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.engine import LossSums, StepResult
 from moetrain.parallel.fragments import bank_of, model_state
@@ -135,9 +135,11 @@ class TorchEngine:
         output = self._forward(batch, replace(self._context(batch, {}), dropless=True))
         sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()
+        reshard(self.model)
         return LossSums(nats, int(num_tokens))
 
     def state(self) -> ModelState:
+        reshard(self.model)  # also after a forward pass that ended with an error
         return model_state(self.model, self.mesh, self._components)
 
     def _components(self, name: str) -> dict[str, Tensor]:
@@ -158,6 +160,7 @@ class TorchEngine:
             logits = self.model(recent).logits_BSV[0, -1].float().cpu()
             choice = torch.multinomial(torch.softmax(logits / SAMPLE_TEMPERATURE, 0), 1, generator=generator)
             tokens.append(int(self.world.agree(int(choice))))
+        reshard(self.model)
         return tokens[len(prompt) :]
 
 

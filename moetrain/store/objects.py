@@ -115,14 +115,14 @@ class CheckpointFolder:
         except FileNotFoundError:
             return None
 
-    def abandon(self, save: SaveId, reason: str) -> None:
+    def abandon(self, save: SaveId, reason: str, needs_full: bool = False) -> None:
         """Says for good that this save will not be committed, then removes what was written for it. Nothing happens when it was
-        decided before. Only for the process that would commit it."""
+        decided before. Only for the process that would commit it. `needs_full`: the next save has nothing to refer to."""
         if self.outcome(save) is not None:
             return
         folder = self._receipts / str(save)
         self.io.mkdir(folder)
-        self._put_new(folder / ABANDONED, seal(json.dumps({"reason": reason}).encode()))
+        self._put_new(folder / ABANDONED, seal(json.dumps({"reason": reason, "needs_full": needs_full}).encode()))
         with suppress(OSError):  # a late rank may still be writing there; a later sweep takes what is left
             self.io.remove_tree(self._objects / str(save))
 
@@ -134,11 +134,22 @@ class CheckpointFolder:
 
     def reason(self, save: SaveId) -> str:
         """Why a save was abandoned; "" when nobody says."""
+        return self._abandoned(save).get("reason", "")
+
+    def needs_full(self, save: SaveId) -> bool:
+        """Whether it was abandoned because what it referred to is lost."""
+        return self._abandoned(save).get("needs_full", False)
+
+    def _abandoned(self, save: SaveId) -> dict:
         path = self._receipts / str(save) / ABANDONED
         try:
-            return unseal(self.io.read(path), str(path))["reason"]
+            return unseal(self.io.read(path), str(path))
         except (OSError, CheckpointError):
-            return ""
+            return {}
+
+    def begun(self, save: SaveId) -> set[int]:
+        """The ranks that have written something for this save, whole or not."""
+        return {int(name.partition("-")[0]) for name in self.io.list(self._objects / str(save))}
 
     # manifests
 

@@ -25,7 +25,7 @@ def train(world: World, folder: Path) -> list[bool]:
     """Three saves on each rank; rank 1's writer is killed before the second. Returns what was committed, as this rank sees it."""
     writer = WriterProcess()
     config = CheckpointConfig(timeout_seconds=60.0)
-    checkpoint = Checkpointer(folder, config, world.rank, world.size, world.agree, SystemClock(), writer)
+    checkpoint = Checkpointer(folder, config, world.rank, world.size, world.agree, SystemClock(), writer, world.gather)
     assert checkpoint.load(state_of(world.rank, world.size, 2, -1), "auto") is None
     committed = []
     for step in (1, 2, 3):

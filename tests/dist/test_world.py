@@ -26,6 +26,7 @@ def agree_and_sum(world: World, folder: Path) -> dict[str, object]:
     return {
         "agreed": world.agree(value),
         "nothing": world.agree(None),
+        "gathered": world.gather({"rank": "ä" * world.rank}),
         "sum": int(world.sum_(torch.tensor([world.rank]))),
         "ep": (mesh.ep.ranks, mesh.ep.index, float(mesh.ep.sum_(ones.clone()))),
         "edp": (mesh.edp.ranks, mesh.edp.index, float(mesh.edp.sum_(ones.clone()))),
@@ -96,6 +97,7 @@ def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
     for rank, result in enumerate(results):
         assert result["agreed"] == {"name": "run", "list": [1, 2.5, None], "text": "ä"}
         assert result["nothing"] is None
+        assert result["gathered"] == [{"rank": "ä" * other} for other in range(4)]
         assert result["sum"] == 6
         assert result["ep"] == (((0, 1), (2, 3))[rank // 2], rank % 2, (3.0, 7.0)[rank // 2])
         assert result["edp"] == (((0, 2), (1, 3))[rank % 2], rank // 2, (4.0, 6.0)[rank % 2])

@@ -1,7 +1,9 @@
 """A small training state at any layout, ranks simulated in one process, and a writer without a process."""
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from zlib import crc32
 
 import torch
@@ -31,10 +33,9 @@ def logical(key: str, component: str, shape: tuple[int, ...], version: int) -> t
 
 
 def fragment(name: str, component: str, bank: str | None, expert: int | None, shape, box: Box, holders, version: int) -> Fragment:
-    made = Fragment(name, component, bank, expert, shape, box, tuple(holders), torch.empty(0))
+    key = f"{name}:{component}" + ("" if expert is None else f":{expert}")
     where = tuple(slice(o, o + s) for o, s in zip(box.offset, box.shape, strict=True))
-    made.data = logical(made.key, component, shape, version)[where].clone()
-    return made
+    return Fragment(name, component, bank, expert, shape, box, tuple(holders), logical(key, component, shape, version)[where].clone())
 
 
 def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False) -> ModelState:
@@ -93,6 +94,24 @@ class Spread:
         return agree
 
 
+class Circle:
+    """`gather` for ranks that are threads."""
+
+    def __init__(self, world: int) -> None:
+        self.values: list[object] = [None] * world
+        self.barrier = Barrier(world)
+
+    def of(self, rank: int):
+        def gather(value: object) -> list[object]:
+            self.values[rank] = value
+            self.barrier.wait(60)
+            found = list(self.values)
+            self.barrier.wait(60)  # nobody says the next thing before all have heard this one
+            return found
+
+        return gather
+
+
 class Job:
     """All ranks of one training job on one checkpoint folder."""
 
@@ -101,7 +120,11 @@ class Job:
         self.writers: list[LocalWriter] = [LocalWriter() for _ in range(world)]
         spread = Spread()
         self.settings = CheckpointConfig(**config)  # type: ignore[arg-type]
-        self.ranks = [Checkpointer(folder, self.settings, r, world, spread.of(r), SystemClock(), self.writer(r)) for r in range(world)]
+        self.circle = Circle(world)
+        self.ranks = [
+            Checkpointer(folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.writer(rank), self.circle.of(rank))
+            for rank in range(world)
+        ]
 
     def writer(self, rank: int) -> Writer:
         return self.writers[rank]
@@ -124,7 +147,8 @@ class Job:
     def load(self, at: str = "auto") -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
         """What rank 0 reports, and the whole tensors all ranks have afterwards."""
         states = self.states(-1)
-        reports = [rank.load(state, at) for rank, state in zip(self.ranks, states, strict=True)]
+        with ThreadPoolExecutor(self.world) as pool:
+            reports = list(pool.map(lambda rank, state: rank.load(state, at), self.ranks, states))
         return reports[0], assemble([piece for state in states for piece in state])
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,11 @@ import torch
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint import checkpointer
+from moetrain.checkpoint import checkpointer, recover
 from moetrain.checkpoint.arena import Arena
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.recover import agreed_choice, alone, restore, whole_tensors
+from moetrain.checkpoint.recover import agreed_choice, alone, restore, together, whole_tensors
 from moetrain.model.state import Box, Fragment
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest
@@ -254,6 +255,38 @@ def test_damaged_expert_comes_from_the_older_checkpoint_that_has_it(tmp_path, fi
     assert manifests(tmp_path)[0].full  # nothing refers to the damaged object any more
 
 
+def test_damage_that_only_one_rank_reads_is_passed_over_by_all(tmp_path):
+    job = Job(tmp_path, 2, 2)
+    job.save(1)
+    job.save(2)
+    newest = manifests(tmp_path)[0]
+    fresh = [group for group, age in newest.ages().items() if age == 0]
+    bank, expert = next(group for group in fresh if group not in {(p.bank, p.expert) for p in state_of(0, 2, 2, 0)})
+    (folder,) = objects_of(tmp_path, newest, f"{bank}.{expert}.")
+    flip(folder / "c.0", 3)
+    again = Job(tmp_path, 2, 2)
+    report, whole = again.load()  # as rank 0, which never reads that object, tells it
+    assert_equal(whole, expected(2, experts_by_step(newest) | {(bank, expert): 1}))
+    assert report is not None
+    assert any(str(folder) in line for line in report.damaged)
+    assert all(pending.committed for pending in again.save(3))
+    assert manifests(tmp_path)[0].full
+
+
+def test_ranks_that_wait_for_a_slow_disk_meet_in_short_steps(monkeypatch):
+    monkeypatch.setattr(recover, "MEET_SECONDS", 0.001)
+    meetings, slow = [], threading.Event()
+
+    def gather(value: object) -> list[object]:
+        meetings.append(value)
+        if len(meetings) == 3:
+            slow.set()
+        return [value]
+
+    assert together(lambda: slow.wait(60), gather) == [True]
+    assert meetings[:3] == [None] * 3
+
+
 def hurt(file: Path, damage: str) -> None:
     if damage == "flip":
         flip(file, file.stat().st_size // 3)
@@ -348,6 +381,59 @@ def test_state_may_change_after_wait_copied(tmp_path):
         piece.data.zero_()
     job.ranks[0].finish()
     assert_equal(Job(tmp_path, 1, 1).load()[1], expected(1))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_hanging_disk_on_one_rank_costs_saves_and_never_holds_up_training(tmp_path, monkeypatch, rank):
+    monkeypatch.setattr(checkpointer, "PATIENCE_SECONDS", 0.01)
+    job = Job(tmp_path, 2, 2)
+    job.save(1)
+    hangs, goes_on = threading.Event(), threading.Event()
+
+    def hang(operation: str, path: Path) -> None:
+        hangs.set()
+        assert goes_on.wait(60)
+
+    job.writers[rank].io = Io(hang)
+    first = job.start(2)
+    assert hangs.wait(60)
+    for one in job.ranks:
+        one.wait_copied()
+    second = job.start(3)
+    for one in job.ranks:
+        one.wait_copied()  # the disk still hangs
+    assert not first[rank].done.is_set()
+    assert second[rank].done.wait(60)
+    assert "still running" in second[rank].reason
+    third = job.start(4, full=True)  # the last one of a run waits for its turn
+    goes_on.set()
+    for pending in (*first, *second, *third):
+        assert pending.done.wait(60)
+    assert [pending.committed for pending in (*first, *second, *third)] == [True, True, False, False, True, True]
+    assert job.ranks[rank].status().failures == 1
+    assert [(point.step, point.index) for point in manifests(tmp_path)] == [(4, 2), (2, 1), (1, 0)]
+
+
+def test_a_save_that_comes_too_early_is_made_a_little_later(tmp_path):
+    job = Job(tmp_path, 2, 1)
+    started = [pending for step in (1, 2, 3) for pending in job.start(step)]
+    assert all(pending.done.wait(60) for pending in started)
+    assert all(pending.committed for pending in started)
+
+
+def test_a_lost_parent_costs_one_save_and_the_next_is_full(tmp_path):
+    job = Job(tmp_path, 2, 2)
+    job.save(1)
+    job.save(2)
+    flip(sorted((tmp_path / "manifests").glob("*.json"))[-1], 100)
+    lost = job.save(3)
+    assert not any(pending.committed for pending in lost)
+    assert "full" in lost[1].reason
+    assert all(pending.committed for pending in job.save(4))
+    assert manifests(tmp_path)[0].full
+    assert all(pending.committed for pending in job.save(5))
+    assert not manifests(tmp_path)[0].full
+    assert_equal(Job(tmp_path, 1, 1).load()[1], expected(5, experts_by_step(manifests(tmp_path)[0])))
 
 
 def test_no_room_for_the_copy_is_said_before_the_next_update(tmp_path, monkeypatch):
