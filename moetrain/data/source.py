@@ -7,6 +7,7 @@ import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from time import monotonic, sleep
 from uuid import uuid4
 
 from torch import Tensor
@@ -19,9 +20,11 @@ from moetrain.data.split import TRAIN
 
 Barrier = Callable[[], None]
 
+LONGEST_INDEX_SECONDS = 3600.0
+
 
 class CorpusSamples:
-    """`leader` (global rank 0) writes the index files of an epoch, then all ranks meet at `barrier` and read them."""
+    """`leader` (global rank 0) writes the index files of an epoch; when they are there, all ranks meet at `barrier` and read them."""
 
     def __init__(self, corpus: Corpus, seq_len: int, seed: int, index_folder: Path, leader: bool, barrier: Barrier) -> None:
         self._corpus = corpus
@@ -44,6 +47,8 @@ class CorpusSamples:
             if epoch not in self._epochs:
                 if self._leader:
                     self._write_index(epoch)
+                else:
+                    _wait_for(self._index(epoch))
                 self._barrier()
                 self._epochs[epoch] = self._read(epoch, self._index(epoch))
         self._epochs = {epoch: self._epochs[epoch] for epoch in wanted}
@@ -83,3 +88,14 @@ class CorpusSamples:
     @property
     def _prefix(self) -> Path:
         return prefix(self._corpus.folder.resolve(), TRAIN)
+
+
+def _wait_for(folder: Path) -> None:
+    """Returns when the folder, which appears whole, is there: writing it may take longer than a collective is given."""
+    deadline, pause = monotonic() + LONGEST_INDEX_SECONDS, 0.05
+    while not folder.is_dir():
+        if monotonic() > deadline:
+            sentence = f"The sample index {folder} did not appear within {LONGEST_INDEX_SECONDS:g} s."
+            raise DataError(sentence, "All ranks need the corpus on a file system that they share.")
+        sleep(pause)
+        pause = min(1.5 * pause, 1.0)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.base.errors import ConfigError, DataError
+from moetrain.data import source
 from moetrain.data.batch import Batch
 from moetrain.data.config import CorpusConfig, DataConfig
 from moetrain.data.corpus import open_corpora
@@ -134,20 +135,31 @@ def test_nothing_is_written_outside_the_index_folder(folders: list[Path], tmp_pa
     assert epoch.name.endswith("-epoch-0")
 
 
-def test_followers_wait_until_the_leader_has_written(folders: list[Path], tmp_path: Path) -> None:
+def test_followers_wait_for_the_index_and_then_meet(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = config(folders, seed=78)
     order: list[str] = []
 
-    def leader_arrives() -> None:
-        order.append("barrier")
+    def leader_writes(seconds: float) -> None:
+        order.append("index")
         assert not list(tmp_path.glob("index/*"))
         next(TrainLoader(data, open_corpora(data), 2, 1, 0, 2, index_folder=tmp_path / "index"))
 
-    follower = TrainLoader(data, open_corpora(data), 2, 1, 1, 2, leader=False, barrier=leader_arrives, index_folder=tmp_path / "index")
+    def meet() -> None:
+        order.append("barrier")
+
+    monkeypatch.setattr(source, "sleep", leader_writes)
+    follower = TrainLoader(data, open_corpora(data), 2, 1, 1, 2, leader=False, barrier=meet, index_folder=tmp_path / "index")
     assert rows(next(follower)) == samples(data, 2)[1:]
-    assert order == ["barrier"]
+    assert order == ["index", "barrier"]  # no collective waits for the index
     next(follower)
-    assert order == ["barrier"]
+    assert order == ["index", "barrier"]
+
+
+def test_an_index_that_never_comes_is_said(folders: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = config(folders, seed=79)
+    monkeypatch.setattr(source, "LONGEST_INDEX_SECONDS", -1.0)
+    with pytest.raises(DataError, match="did not appear"):
+        next(TrainLoader(data, open_corpora(data), 2, 1, 1, 2, leader=False, index_folder=tmp_path / "index"))
 
 
 @pytest.mark.parametrize(("batch", "micro", "size"), [(5, 2, 1), (4, 2, 4), (0, 1, 1)])

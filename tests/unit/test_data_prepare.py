@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import shutil
+import socket
 import threading
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from moetrain.data import prepare as module
 from moetrain.data.config import CorpusConfig, DataConfig
 from moetrain.data.corpus import open_corpora
 from moetrain.data.documents import Document
-from moetrain.data.folder import locked
+from moetrain.data.folder import locked, written_whole
 from moetrain.data.manifest import Manifest, read_held_out
 from moetrain.data.prepare import Request, ensure_prepared, prepare
 from moetrain.data.split import SPLITS, split_of
@@ -151,13 +152,26 @@ def test_an_interrupted_preparation_leaves_nothing_and_the_next_one_succeeds(
         with pytest.raises(KeyboardInterrupt):
             prepare(request)
     assert not (tmp_path / "out").exists()
-    killed = tmp_path / ".out.partial"
-    assert not killed.exists()
+    assert not list(tmp_path.glob(".out.partial*"))
+    killed, elsewhere = tmp_path / f".out.partial-7@{socket.gethostname()}", tmp_path / ".out.partial-7@another"
     killed.mkdir()
+    elsewhere.mkdir()
     (killed / "train.bin").write_bytes(b"left by a killed process")
     prepare(request)
     assert (tmp_path / "out" / "manifest.json").is_file()
     assert not killed.exists()
+    assert elsewhere.exists()  # another host, which may be writing
+
+
+def test_of_two_hosts_that_write_one_corpus_the_first_to_rename_wins(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "out") as mine:
+        (mine / "made").write_text("here")
+        other = tmp_path / ".out.partial-7@another"
+        other.mkdir()
+        (other / "made").write_text("elsewhere")
+        other.rename(tmp_path / "out")
+    assert (tmp_path / "out" / "made").read_text() == "elsewhere"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_overwrite_keeps_the_old_corpus(tree: Path, tmp_path: Path) -> None:
