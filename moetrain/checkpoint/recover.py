@@ -79,6 +79,9 @@ def together(work: Callable[[], object], gather: Gather) -> list[object]:
         while None in answers:
             wait([future], MEET_SECONDS)
             answers = gather(future.result() if future.done() else None)
+    own = future.result()
+    if (own[0] or own[1]) and own not in answers:  # a `gather` that brings rank 0's answer only
+        raise CheckpointError(f"The other ranks cannot hear what this one found: {own[1] or own[0]}.")
     return [_value(answer) for answer in answers]
 
 

@@ -273,6 +273,11 @@ def test_damage_that_only_one_rank_reads_is_passed_over_by_all(tmp_path):
     assert manifests(tmp_path)[0].full
 
 
+def test_a_finding_that_the_others_cannot_hear_ends_the_load():
+    with pytest.raises(CheckpointError, match=r"c\.0 is damaged"):
+        together(lambda: {"object": "c.0 is damaged"}, lambda value: [[{}, None, ""]])
+
+
 def test_ranks_that_wait_for_a_slow_disk_meet_in_short_steps(monkeypatch):
     monkeypatch.setattr(recover, "MEET_SECONDS", 0.001)
     meetings, slow = [], threading.Event()
