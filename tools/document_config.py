@@ -41,8 +41,9 @@ torchrun --standalone --nproc-per-node 2 launch/train.py +experiment=gpt_moe_8e 
 (`data.corpora`, `data.seq_len`, `data.document_boundaries`, `data.seed`), `optim`, `train.global_batch_tokens`, `run.seed`,
 `engine.dtype`, `checkpoint.init_from` and the hashes of what the corpora hold: when one of these changed, the resume is refused with the
 list of changes, unless `checkpoint.allow_changes=true`. Everything else may change from start to start: ranks, `parallel`, micro-batch and
-accumulation (they are derived again from the global batch), checkpoints, telemetry. `train.tokens` may change too: a longer run reads on where the shorter
-one ended. Its learning-rate schedule is then laid over the new length, and a log line says so; `optim=constant` has no decay to move.
+accumulation (they are derived again from the global batch), checkpoints, telemetry. `train.tokens` may
+change too: a longer run reads on where the shorter one ended. Its learning-rate schedule is then laid over the new length, and a
+log line says so; `optim=constant` has no decay to move.
 
 **Where a start begins.** `checkpoint.resume=PATH` gives a run its first values from another run; from its own first recovery point on it
 resumes itself. `never` starts anew and keeps what an earlier run left in the folder as `*.before-N`; a restart of the same job by torchrun
