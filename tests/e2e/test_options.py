@@ -18,9 +18,10 @@ def test_a_blend_with_boundaries_fsdp_recomputation_and_every_sink(
     overrides = [word for word in small_run(corpora[0], run, 10) if not word.startswith("data.corpora")]
     overrides += [
         f"data.corpora=[{blend}]", "data.document_boundaries=true", "parallel=fsdp", "parallel.placement_seed=5", "engine=recompute",
-        "routing=bias", "optim=wsd", "train.micro_batch_size=2", "train.sample_every=4", "train.sample_prompts=[def]", "train.sample_tokens=5", "train.evaluate_every=4",
-        "train.evaluate_batches=2", "checkpoint.every_steps=2", "checkpoint.full_every=3", "telemetry.wandb=offline",
-        "telemetry.tensorboard=true", "telemetry.experts_every=3", "profile.start_step=2", "profile.num_steps=1",
+        "routing=bias", "optim=wsd", "train.micro_batch_size=2", "train.sample_every=4", "train.sample_prompts=[def]",
+        "train.sample_tokens=5", "train.evaluate_every=4", "train.evaluate_batches=2", "checkpoint.every_steps=2",
+        "checkpoint.full_every=3", "telemetry.wandb=offline", "telemetry.tensorboard=true", "telemetry.experts_every=3",
+        "profile.start_step=2", "profile.num_steps=1",
     ]  # fmt: skip
     with Job(2, [*overrides, "run.stop_after=6"], tmp_path / "log") as job:
         assert job.end() == 0, job.output()

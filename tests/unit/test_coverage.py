@@ -12,9 +12,9 @@ pytest_plugins = ["pytester"]
 
 def test_coverage_page_names_only_existing_tests():
     page = (ROOT / "docs" / "coverage.md").read_text(encoding="utf-8")
-    named = named_tests(page)
+    named, existing = named_tests(page), existing_tests(ROOT)
     assert named, "the page names no test"
-    assert [name for name in named if name not in existing_tests(ROOT)] == []
+    assert [name for name in named if name not in existing] == []
 
 
 def test_code_spans_with_spaces_are_commands_and_parameters_are_cut():
