@@ -80,7 +80,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         if at == "never":
             set_aside(folder)
         remember_job(folder, os.environ)
-    checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock)
+    checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather)
     report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)
     if world.is_main:
         (folder / DONE_FILE).unlink(missing_ok=True)  # a finished run that is lengthened goes on
