@@ -207,6 +207,7 @@ def main(arguments: list[str]) -> int:
     result = benchmark(device, shapes, options.dtypes, options.rounds, 8192 if on_gpu else 1024, 2**30 if on_gpu else 2**27)
     facts: dict[str, object] = {"torch": torch.__version__, "device": device_name(device), "threads": torch.get_num_threads()}
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(facts | result, indent=1) + "\n", encoding="utf-8")
     return 0
 

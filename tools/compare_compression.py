@@ -63,6 +63,7 @@ def main() -> None:
     for name, value in result.items():
         print(f"{name:20} {value:,.4f}" if isinstance(value, float) else f"{name:20} {value:,}")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -3,7 +3,8 @@
     python tools/kill_drill.py --kills 20 --json benchmarks/kill_drill.json -- +experiment=gpt_moe_8e train.tokens=200000 ...
 
 Before every restart the newest committed step is read from the run folder by the checkpoint reader (without torch); the restarted job
-must resume exactly there. Ranks alternate between 2 and 1 as --ranks says. At the end the job runs to its last step.
+must resume exactly there. Ranks alternate between 2 and 1 as --ranks says. The last start is not killed: it runs to its end, which
+--last can bring nearer (a long job is killed, a short rest is waited for).
 """
 
 import argparse
@@ -29,7 +30,6 @@ class Kill:
     after_seconds: float
     committed_step: int | None  # newest in the folder after the kill
     resumed_step: int | None = None  # where the next start went on; None: from scratch
-    leftover_processes: int = 0
 
 
 def newest_step(folder: Path) -> int | None:
@@ -122,12 +122,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, required=True, help="the run folder that the overrides name (run.folder/run.name)")
     parser.add_argument("--log", type=Path, default=Path("kill_drill.log"))
+    parser.add_argument(
+        "--last", action="append", default=[], metavar="OVERRIDE", help="added at the last start, such as train.tokens=800000"
+    )
     parser.add_argument("--json", type=Path)
     parser.add_argument("overrides", nargs="+", help="of launch/train.py")
     options = parser.parse_args()
     kills = drill(options, options.folder)
     seen = len(resume_steps(options.folder))
-    code = start(2, options.overrides, options.log).wait()
+    code = start(2, [*options.overrides, *options.last], options.log).wait()
     last = resume_steps(options.folder)[seen:]
     kills[-1].resumed_step = last[0] if last else None
     done = newest_step(options.folder)
@@ -136,6 +139,7 @@ def main() -> int:
     print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit.")
     print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         result = {"command": sys.argv, "ok": ok, "final_step": done, "kills": [asdict(kill) for kill in kills]}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if ok else 1

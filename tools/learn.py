@@ -69,6 +69,7 @@ def main() -> int:
     ok = median <= REQUIRED * gzip
     print(f"{'median / gzip':24} {median / gzip:.4f}   {'ok' if ok else 'FAILED'}: at most {REQUIRED} is asked for")
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         facts = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
         result = {**facts, "runs": runs, "median_bits_per_byte": median, "median_over_gzip": median / gzip, "others": others, "ok": ok}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
