@@ -19,15 +19,22 @@ hypothesis.settings.load_profile("moetrain")
 
 
 @pytest.fixture(autouse=True)
-def logger_left_as_found() -> Iterator[None]:
-    """A command under test configures the process-wide logger; the next test finds it as this one did."""
-    log = logging.getLogger("moetrain")
-    handlers, propagate, level = list(log.handlers), log.propagate, log.level
+def fresh_logger() -> Iterator[None]:
+    """Commands configure the process-wide logger, fixtures of modules and sessions too: every test starts with an unconfigured one."""
+    _reset_logger()
     yield
-    for handler in set(log.handlers) - set(handlers):
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    log = logging.getLogger("moetrain")
+    for handler in log.handlers:
         handler.close()
-    log.handlers, log.propagate = handlers, propagate
-    log.setLevel(level)
+    log.handlers, log.propagate = [], True
+    log.setLevel(logging.NOTSET)
+    for name, room in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "moetrain" and isinstance(room, logging.Logger):
+            room.disabled = False
 
 
 class CoverageMap:

@@ -140,7 +140,12 @@ def main() -> int:
     print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {"command": sys.argv, "ok": ok, "final_step": done, "kills": [asdict(kill) for kill in kills]}
+        result = {
+            "command": ["python", "tools/kill_drill.py", *sys.argv[1:]],
+            "ok": ok,
+            "final_step": done,
+            "kills": [asdict(kill) for kill in kills],
+        }
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if ok else 1
 

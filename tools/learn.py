@@ -70,7 +70,12 @@ def main() -> int:
     print(f"{'median / gzip':24} {median / gzip:.4f}   {'ok' if ok else 'FAILED'}: at most {REQUIRED} is asked for")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"command": ["python", *sys.argv], "torch": torch.__version__, "python": sys.version.split()[0], "cores": os.cpu_count()}
+        facts = {
+            "command": ["python", "-m", "tools.learn", *sys.argv[1:]],
+            "torch": torch.__version__,
+            "python": sys.version.split()[0],
+            "cores": os.cpu_count(),
+        }
         result = {**facts, "runs": runs, "median_bits_per_byte": median, "median_over_gzip": median / gzip, "others": others, "ok": ok}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0 if ok else 1
