@@ -31,7 +31,7 @@ def _reset_logger() -> None:
     for handler in log.handlers:
         handler.close()
     log.handlers, log.propagate = [], True
-    log.setLevel(logging.NOTSET)
+    log.setLevel(logging.DEBUG)  # not inherited: what hydra and others do to the root logger must not hide a warning from a test
     for name, room in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "moetrain" and isinstance(room, logging.Logger):
             room.disabled = False
