@@ -45,7 +45,7 @@ class Experts(nn.Module):
 def grouped_swiglu(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, method: str = "auto") -> Tensor:
     """SwiGLU of every row by its slot's weights. The three methods agree within rounding (tests state the tolerance).
 
-    auto: `grouped_mm` on CUDA in bfloat16, else `loop`, the fastest on CPUs (benchmarks/experts_cpu.json).
+    auto: `grouped_mm` on CUDA in bfloat16, else `loop`: on CPUs it ties with `grouped_mm`, ahead of `bmm` (benchmarks/experts_cpu.json).
     """
     if method == "auto":
         low = rows_RD.dtype == torch.bfloat16 or torch.is_autocast_enabled(rows_RD.device.type)
