@@ -24,7 +24,9 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        return Batch(*(None if part is None else part.to(device, non_blocking=True) for part in self))
+        tokens_BS, labels_BS, valid_BS, position_BS = (part.to(device, non_blocking=True) for part in self[:4])
+        document_BS = None if self.document_BS is None else self.document_BS.to(device, non_blocking=True)
+        return Batch(tokens_BS, labels_BS, valid_BS, position_BS, document_BS)
 
 
 def make_batch(tokens_BS: Tensor, labels_BS: Tensor, valid_BS: Tensor, end_id: int, document_boundaries: bool) -> Batch:

@@ -1,12 +1,11 @@
-"""A folder that appears whole or not at all."""
+"""The folder of an export: it appears whole or not at all, and replaces nothing but an earlier export."""
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from moetrain.base.errors import BundleError
+from moetrain.base.files import whole_folder
 
 
 @contextmanager
@@ -17,52 +16,22 @@ def new_folder(target: Path, overwrite: bool = False) -> Iterator[Path]:
     Raises BundleError when the target is taken or cannot be written.
     """
     target = target.absolute()
-    taken = _check_target(target, overwrite)
-    partial, old = (target.with_name(f".{target.name}.{os.getpid()}.{kind}") for kind in ("partial", "old"))
+    _check_target(target, overwrite)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        with whole_folder(target) as partial:
+            yield partial
     except OSError as error:
-        raise BundleError(f"{partial} cannot be made: {error.strerror}.", "Give another --out.") from error
-    try:
-        yield partial
-        _flush(partial)
-        if taken:
-            os.rename(target, old)
-        os.rename(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    _flush_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        raise BundleError(f"{error.filename or target} cannot be written: {error.strerror or error}.", "Give another --out.") from error
 
 
-def _check_target(target: Path, overwrite: bool) -> bool:
-    """Whether something must be moved out of the way."""
+def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
-        return False
+        return
     if not target.is_dir():
         raise BundleError(f"{target} is a file.", "Give a folder as --out.")
     if not any(target.iterdir()):
-        return False
+        return
     if not (target / "config.json").is_file():
         raise BundleError(f"{target} holds something that is no export.", "Give another --out; it is not replaced even with --overwrite.")
     if not overwrite:
         raise BundleError(f"{target} exists.", "Give another --out, or --overwrite to replace it.")
-    return True
-
-
-def _flush(folder: Path) -> None:
-    """Makes the content durable before the rename shows it."""
-    for file in folder.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
-    _flush_folder(folder)
-
-
-def _flush_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
