@@ -6,7 +6,7 @@ Never a list of differences: one read says everything, so a missing chunk can ne
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from math import prod
 from typing import NamedTuple
 
@@ -106,6 +106,7 @@ class Manifest:
     progress: dict
     objects: dict[str, ObjectRecord]
     tensors: dict[str, Tensor]
+    ledger: dict = field(default_factory=dict)  # tokens per expert: routed, held by its objects, lost; {} when nobody counted
 
     @property
     def seq(self) -> int:
