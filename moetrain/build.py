@@ -50,7 +50,7 @@ def train(config: TrainConfig) -> int:
     log.configure(rank, folder / "log" / f"rank{rank}.log")
     ensure_prepared(config.data, show_progress=rank == 0)  # before the ranks meet: it may take longer than a collective is given
     with ExitStack() as stack:
-        world = stack.enter_context(World.join(config.parallel.timeout_seconds))
+        world = stack.enter_context(World.join(config.parallel.timeout_seconds, config.parallel.heartbeat_seconds))
         stop = stack.enter_context(Stop(world, folder / "STOP"))
         run = build(config, folder, world, stop)
         stack.callback(run.sinks.close)

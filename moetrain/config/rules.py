@@ -18,7 +18,8 @@ CHOICES = {
 AT_LEAST = {
     1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps"),
     0: ("run.seed", "run.stop_after", "train.micro_batch_size", "train.accumulation", "train.evaluate_every", "train.evaluate_batches",
-        "train.sample_every", "train.sample_tokens", "data.seed", "telemetry.experts_every", "profile.start_step", "debug.world"),
+        "train.sample_every", "train.sample_tokens", "data.seed", "telemetry.experts_every", "profile.start_step", "debug.world",
+        "parallel.heartbeat_seconds"),
 }  # fmt: skip
 POSITIVE = ("parallel.timeout_seconds",)
 

@@ -13,10 +13,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import FileStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.base.errors import TrainingError
 from moetrain.base.log import logger
+from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.watch import Watch, Watchdog
 
@@ -34,6 +35,8 @@ class World:
         self.device = device
         self.backend = backend  # single | gloo | nccl
         self.watch = Watch(rank, timeout_seconds)
+        self._store: Store | None = None
+        self._heartbeat: Heartbeat | None = None
 
     @property
     def is_main(self) -> bool:
@@ -52,9 +55,10 @@ class World:
         return cls(0, 1, 0, device, "single", float("inf"))
 
     @classmethod
-    def join(cls, timeout_seconds: float = 120.0) -> "World":
+    def join(cls, timeout_seconds: float = 120.0, heartbeat_seconds: float = 0.0) -> "World":
         """The world that torchrun's environment describes, or one process without it; GPUs when the machine has them.
 
+        A rank that nobody has heard from for `heartbeat_seconds` (0: never) ends the job, as a frozen machine would not.
         Raises TrainingError when the other ranks do not come in time, or one of several machines has fewer GPUs than local ranks.
         """
         size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -62,17 +66,20 @@ class World:
             return cls.single()
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
         device = local_device(local_rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
-        return cls._start(rank, size, local_rank, device, timeout_seconds, None)
+        return cls._start(rank, size, local_rank, device, timeout_seconds, None, heartbeat_seconds)
 
     @classmethod
-    def from_file(cls, path: Path, rank: int, size: int, timeout_seconds: float = 120.0) -> "World":
+    def from_file(cls, path: Path, rank: int, size: int, timeout_seconds: float = 120.0, heartbeat_seconds: float = 0.0) -> "World":
         """A gloo world on CPUs that meets in a file: no ports, no environment. `path` must be new for every world."""
         if size == 1:
             return cls.single(torch.device("cpu"))
-        return cls._start(rank, size, rank, torch.device("cpu"), timeout_seconds, path)
+        return cls._start(rank, size, rank, torch.device("cpu"), timeout_seconds, path, heartbeat_seconds)
 
     @classmethod
-    def _start(cls, rank: int, size: int, local_rank: int, device: torch.device, timeout_seconds: float, file: Path | None) -> "World":
+    def _start(
+        cls, rank: int, size: int, local_rank: int, device: torch.device, timeout_seconds: float, file: Path | None,
+        heartbeat_seconds: float,
+    ) -> "World":  # fmt: skip
         backend = "nccl" if device.type == "cuda" else "gloo"
         world = cls(rank, size, local_rank, device, backend, timeout_seconds)
         if backend == "nccl":
@@ -83,6 +90,11 @@ class World:
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
             store = meet_by_environment(rank, size, world.timeout, world.watch) if file is None else FileStore(str(file), size)
             dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
+        world._store = store
+        if heartbeat_seconds:
+            client = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
+            world._heartbeat = Heartbeat(client, rank, size, heartbeat_seconds)
+            world._heartbeat.start()
         return world
 
     def __enter__(self) -> "World":
@@ -93,6 +105,9 @@ class World:
 
     def close(self) -> None:
         """Leaves the process group; holds no collective, so a failing rank does not wait for the others."""
+        if self._heartbeat is not None:
+            self._heartbeat.stop()
+            self._heartbeat = None
         if self.watch.watchdog is not None:
             self.watch.watchdog.stop()
             self.watch.watchdog = None

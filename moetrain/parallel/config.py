@@ -11,6 +11,7 @@ class ParallelConfig:
     dense: str = "replicate"  # dense parameters: replicate | fsdp (FSDP2 over all ranks; experts over their edp ranks)
     placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
     timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation
+    heartbeat_seconds: float = 8.0  # a rank that is not heard from for so long (killed, frozen, cut off) ends the job; 0 = never
 
 
 @dataclass

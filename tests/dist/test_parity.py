@@ -65,8 +65,8 @@ def model_config(fold: Fold) -> ModelConfig:
     )  # fmt: skip
     attention = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, qk_norm="head", bias=True)
     return ModelConfig(
-        vocab_size=VOCABULARY, hidden_size=8, num_layers=len(fold.layers) + 1, pattern=fold.layers, ffn_size=12, expert_ffn_size=10, shared_ffn_size=6,
-        max_position=LENGTH, init_std=0.3, attention=attention, routing=routing,
+        vocab_size=VOCABULARY, hidden_size=8, num_layers=len(fold.layers) + 1, pattern=fold.layers, ffn_size=12, expert_ffn_size=10,
+        shared_ffn_size=6, max_position=LENGTH, init_std=0.3, attention=attention, routing=routing,
     )  # fmt: skip
 
 

@@ -3,14 +3,18 @@
 import os
 import re
 import signal
+import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.base.errors import PlanError, TrainingError
 from moetrain.dist.comm import CountExchange, Exchange
+from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.mesh import Mesh, auto_ep
 from moetrain.dist.stop import Stop
 from moetrain.dist.watch import Watch, Watchdog
@@ -231,3 +235,30 @@ def test_watchdog_reports_what_a_device_never_finished() -> None:
 def test_errors_that_are_no_time_out_pass_unchanged() -> None:
     with pytest.raises(RuntimeError, match="shapes differ"), Watch(0, 5.0, FakeClock()).operation("sum"):
         raise RuntimeError("shapes differ")
+
+
+def freezes(world: World) -> str:
+    """Rank 1 stops itself as SIGSTOP from outside would; rank 0 waits in a collective that has no end in sight."""
+    said: list[str] = []
+    ended = threading.Event()
+
+    def on_lost(sentence: str) -> None:
+        said.append(sentence)
+        ended.set()
+
+    file = FileStore(world.agree(f"{tempfile.mkdtemp()}/store"), world.size)
+    heart = Heartbeat(file, world.rank, world.size, 2.0, on_lost)
+    heart.start()
+    pids = world.gather(os.getpid())
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        assert ended.wait(15.0)
+        os.kill(pids[1], signal.SIGCONT)
+    heart.stop()
+    return said[0] if said else ""
+
+
+@pytest.mark.dist
+def test_a_frozen_rank_is_noticed(tmp_path: Path) -> None:
+    assert "Nothing was heard from rank 1 on" in run_ranks(freezes, 2, tmp_path)[0]
