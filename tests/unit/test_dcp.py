@@ -1,0 +1,328 @@
+"""Recovery points as DCP checkpoints that its stock reader loads, and back."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from moetrain.base.clock import SystemClock
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.dcp import KEYS, METADATA, Tree, freshest, path_of, write_whole
+from moetrain.checkpoint.dcp_import import DcpFolder, read_into
+from moetrain.model.state import ModelState
+from moetrain.store.io import Io
+from moetrain.store.manifest import WEIGHT16, Manifest
+from moetrain.store.objects import CheckpointFolder
+from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, assert_equal, expected
+
+Nested = dict[str, dict]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    """Three recovery points; of the experts of the last one, some are as old as the first."""
+    job = Job(tmp_path / "checkpoint", 2, 2, sharded=True, keep=10)
+    for step in (10, 20, 30):
+        job.save(step)
+    return job
+
+
+@pytest.fixture
+def folder(job: Job, tmp_path: Path) -> CheckpointFolder:
+    return CheckpointFolder(tmp_path / "checkpoint", Io())
+
+
+def points(folder: CheckpointFolder) -> list[Manifest]:
+    """Oldest first."""
+    return [point for point in folder.history() if isinstance(point, Manifest)][::-1]
+
+
+def versions(point: Manifest) -> dict[tuple[str, int], int]:
+    """The version of every expert in a recovery point."""
+    return {group: point.step - age for group, age in point.ages().items()}
+
+
+def stacked(whole: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """By DCP's key, the experts of a bank as one tensor."""
+    experts: dict[str, dict[int, torch.Tensor]] = {}
+    found = {}
+    for key, values in whole.items():
+        name, component, *expert = key.split(":")
+        flat = KEYS[component].format(name)
+        if expert:
+            experts.setdefault(flat, {})[int(expert[0])] = values
+        else:
+            found[flat] = values
+    return found | {key: torch.stack([rows[number] for number in sorted(rows)]) for key, rows in experts.items()}
+
+
+def put(nested: dict, path: tuple[str, ...], value: object) -> None:
+    for part in path[:-1]:
+        nested = nested.setdefault(part, {})
+    nested[path[-1]] = value
+
+
+def nested_of(flat: dict[str, torch.Tensor]) -> Nested:
+    nested: Nested = {}
+    for key, value in flat.items():
+        put(nested, path_of(key), value)
+    return nested
+
+
+def load(path: Path, like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What the stock reader brings into a nested state dictionary of these shapes and types."""
+    flat = {key: torch.zeros_like(value) for key, value in like.items()}
+    state_dict_loader.load(nested_of(flat), storage_reader=FileSystemReader(path), no_dist=True)
+    return flat
+
+
+def num_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.distcp"))
+
+
+def test_stock_reader_loads_a_recovery_point(folder: CheckpointFolder, tmp_path: Path):
+    point = points(folder)[-1]
+    wanted = stacked(expected(30, versions(point)))
+    write_whole(folder, point, tmp_path / "out")
+    assert_equal(load(tmp_path / "out", wanted), wanted)
+    said = {"moetrain": ""}
+    state_dict_loader.load(said, storage_reader=FileSystemReader(tmp_path / "out"), no_dist=True)
+    assert json.loads(said["moetrain"])["progress"] == point.progress
+    with pytest.raises(CheckpointError, match="exists"):
+        write_whole(folder, point, tmp_path / "out")
+
+
+def test_stock_converter_makes_a_nested_torch_file(folder: CheckpointFolder, tmp_path: Path):
+    write_whole(folder, points(folder)[0], tmp_path / "out")
+    dcp_to_torch_save(tmp_path / "out", tmp_path / "all.pt")
+    found = torch.load(tmp_path / "all.pt", weights_only=True)
+    assert found.pop("moetrain")
+    wanted = nested_of(stacked(expected(10)))
+    assert found.keys() == wanted.keys()
+    assert_equal(found["model"], wanted["model"])
+    for name, state in wanted["optimizer"]["state"].items():
+        assert_equal(found["optimizer"]["state"][name], state)
+
+
+def test_every_folder_of_a_tree_is_a_checkpoint_and_holds_what_its_save_wrote(folder: CheckpointFolder, tmp_path: Path):
+    tree = Tree(tmp_path / "tree")
+    for point in points(folder):
+        tree.add(folder, point)
+    for point in points(folder):
+        wanted = stacked(expected(point.step, versions(point)))
+        assert_equal(load(tree.folder_of(point.step), wanted), wanted)
+    first, *later = [num_bytes(tree.folder_of(step)) for step in (10, 20, 30)]
+    assert all(size < 0.6 * first for size in later)
+    assert not [name for name in tree.folder_of(30).iterdir() if "000001-00000001" in name.name]
+
+
+def test_publishing_again_writes_only_what_is_new(job: Job, folder: CheckpointFolder, tmp_path: Path):
+    tree = Tree(tmp_path / "tree")
+    for point in points(folder):
+        tree.add(folder, point)
+    before = {file: file.stat().st_ino for file in tree.path.rglob("*") if file.is_file()}
+    job.save(40)
+    newest = points(folder)[-1]
+    assert tree.has(points(folder)[0]) and not tree.has(newest)
+    tree.add(folder, newest)
+    assert {file: file.stat().st_ino for file in before} == before
+    new = {file.parent.name for file in tree.path.rglob("*") if file.is_file()} - {file.parent.name for file in before}
+    assert new == {"step-40"}
+    wanted = stacked(expected(40, versions(newest)))
+    assert_equal(load(tree.folder_of(40), wanted), wanted)
+
+
+def test_what_older_saves_wrote_is_published_although_their_recovery_points_are_gone(tmp_path: Path):
+    job = Job(tmp_path / "checkpoint", 1, 1, keep=1)
+    for step in (10, 20, 30):
+        job.save(step)
+    folder = CheckpointFolder(tmp_path / "checkpoint", Io())
+    (point,) = points(folder)
+    tree = Tree(tmp_path / "tree")
+    tree.add(folder, point)
+    wanted = stacked(expected(30, versions(point)))
+    assert_equal(load(tree.folder_of(30), wanted), wanted)
+    assert not (tree.folder_of(10) / METADATA).exists()
+    assert list(tree.folder_of(10).glob("*.distcp"))
+
+
+def test_a_tree_can_be_moved(folder: CheckpointFolder, tmp_path: Path):
+    tree = Tree(tmp_path / "tree")
+    for point in points(folder):
+        tree.add(folder, point)
+    moved = tree.path.rename(tmp_path / "elsewhere")
+    wanted = stacked(expected(30, versions(points(folder)[-1])))
+    assert_equal(load(moved / "step-30", wanted), wanted)
+
+
+class Crash(Exception):
+    pass
+
+
+def test_a_crash_anywhere_leaves_the_checkpoints_that_were_there(folder: CheckpointFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    tree, (first, second, _) = Tree(tmp_path / "tree"), points(folder)
+    tree.add(folder, first)
+    wanted = {point.step: stacked(expected(point.step, versions(point))) for point in (first, second)}
+    rename, crashes = Path.rename, 0
+    while not tree.has(second):
+        calls = 0
+
+        def sometimes(path: Path, target: Path, crashes: int = crashes) -> Path:
+            nonlocal calls
+            calls += 1
+            if calls > crashes:
+                raise Crash
+            return rename(path, target)
+
+        monkeypatch.setattr(Path, "rename", sometimes)
+        try:
+            tree.add(folder, second)
+        except Crash:
+            crashes += 1
+            assert not (tree.folder_of(20) / METADATA).exists()
+        monkeypatch.setattr(Path, "rename", rename)
+        assert_equal(load(tree.folder_of(10), wanted[10]), wanted[10])
+    assert crashes > 3
+    assert_equal(load(tree.folder_of(20), wanted[20]), wanted[20])
+
+
+def test_the_newer_of_two_recovery_points_of_one_step_stands(folder: CheckpointFolder, tmp_path: Path):
+    tree = Tree(tmp_path / "tree")
+    for point in points(folder):
+        tree.add(folder, point)
+    again = Job(tmp_path / "checkpoint", 1, 1, keep=10)
+    again.save(20)
+    newest = points(folder)[-1]
+    assert not tree.has(newest)
+    tree.add(folder, newest)
+    assert tree.has(newest)
+    for step, at in ((20, 20), (30, 30)):
+        point = newest if step == 20 else points(folder)[2]
+        wanted = stacked(expected(at, versions(point)))
+        assert_equal(load(tree.folder_of(step), wanted), wanted)
+
+
+def test_damage_is_found_before_anything_is_published(folder: CheckpointFolder, tmp_path: Path):
+    point = points(folder)[-1]
+    name = next(name for name, record in point.objects.items() if record.step == 30)
+    file = folder.path / "objects" / name / "c.0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged"):
+        write_whole(folder, point, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(CheckpointError, match="damaged"):
+        Tree(tmp_path / "tree").add(folder, point)
+    assert not (tmp_path / "tree" / "step-30" / METADATA).exists()
+
+
+class LowPrecision(Job):
+    """Weights in bfloat16, moments in float32, counts as integers."""
+
+    def states(self, version: int) -> list[ModelState]:
+        return [
+            [replace(part, data=part.data.bfloat16()) if part.component == "master" else part for part in state]
+            for state in super().states(version)
+        ]
+
+
+def test_bfloat16_and_integers_go_both_ways(tmp_path: Path):
+    job = LowPrecision(tmp_path / "checkpoint", 2, 2)
+    for step in (10, 20):
+        job.save(step)
+    folder = CheckpointFolder(tmp_path / "checkpoint", Io())
+    point = points(folder)[-1]
+    whole = expected(20, versions(point))
+    wanted = {key: values.bfloat16() if ":master" in key else values for key, values in whole.items()}
+    assert {values.dtype for values in wanted.values()} == {torch.bfloat16, torch.float32, torch.int64}
+    write_whole(folder, point, tmp_path / "out")
+    assert_equal(load(tmp_path / "out", stacked(wanted)), stacked(wanted))
+    read_back(tmp_path / "out", tmp_path / "fresh")
+    report, found = LowPrecision(tmp_path / "fresh" / "checkpoint", 1, 1).load("must")
+    assert report is not None and not report.remapped[1:]
+    assert_equal(found, wanted)
+
+
+def read_back(path: Path, target: Path) -> Manifest:
+    return read_into(CheckpointFolder(target / "checkpoint", Io()), DcpFolder(path), SystemClock())
+
+
+def test_a_run_resumes_from_what_was_read_back(folder: CheckpointFolder, tmp_path: Path):
+    tree = Tree(tmp_path / "tree")
+    for point in points(folder):
+        tree.add(folder, point)
+    newest = points(folder)[-1]
+    back = read_back(tree.folder_of(30), tmp_path / "fresh")
+    assert (back.step, back.progress, back.ledger, back.index) == (30, newest.progress, newest.ledger, newest.index)
+    assert back.ages() == newest.ages()
+    assert back.adam_steps() == newest.adam_steps()
+    resumed = Job(tmp_path / "fresh" / "checkpoint", 3, 3)
+    report, found = resumed.load("must")
+    assert report is not None and report.ages == newest.ages()
+    assert_equal(found, expected(30, versions(newest)))
+    resumed.save(40)
+    assert not points(CheckpointFolder(tmp_path / "fresh" / "checkpoint", Io()))[-1].full
+
+
+def test_it_becomes_the_newest_recovery_point_of_a_folder_that_has_some(folder: CheckpointFolder, tmp_path: Path):
+    write_whole(folder, points(folder)[0], tmp_path / "out")
+    back = read_into(folder, DcpFolder(tmp_path / "out"), SystemClock())
+    assert [point.step for point in points(folder)] == [10, 20, 30, 10]
+    assert points(folder)[-1].save == back.save
+
+
+def test_a_checkpoint_that_the_stock_writer_cut_otherwise_is_read_back(folder: CheckpointFolder, tmp_path: Path):
+    point = points(folder)[-1]
+    wanted = expected(30, versions(point))
+    write_whole(folder, point, tmp_path / "out")
+    nested: Nested = nested_of(load(tmp_path / "out", stacked(wanted)))
+    said: dict = {"moetrain": ""}
+    state_dict_loader.load(said, storage_reader=FileSystemReader(tmp_path / "out"), no_dist=True)
+    state_dict_saver.save(nested | said, storage_writer=FileSystemWriter(tmp_path / "theirs"), no_dist=True)
+    back = read_back(tmp_path / "theirs", tmp_path / "fresh")
+    assert back.ages() == point.ages()
+    _, found = Job(tmp_path / "fresh" / "checkpoint", 1, 1).load("must")
+    assert_equal(found, wanted)
+
+
+def test_what_is_no_recovery_point_is_refused_in_a_sentence(folder: CheckpointFolder, tmp_path: Path):
+    with pytest.raises(CheckpointError, match=r"no DCP checkpoint: it has no file \.metadata"):
+        DcpFolder(tmp_path)
+    state_dict_saver.save({"model": {"x": torch.ones(3)}}, storage_writer=FileSystemWriter(tmp_path / "other"), no_dist=True)
+    with pytest.raises(CheckpointError, match="does not say how far training was"):
+        read_back(tmp_path / "other", tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+    (tmp_path / "other" / METADATA).write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="is damaged"):
+        DcpFolder(tmp_path / "other")
+
+
+def test_an_unreadable_file_ends_the_reading_and_commits_nothing(folder: CheckpointFolder, tmp_path: Path):
+    write_whole(folder, points(folder)[0], tmp_path / "out")
+    victim = max((tmp_path / "out").glob(f"*{BANKS[1]}*"))
+    victim.write_bytes(victim.read_bytes()[:40])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_into(folder, DcpFolder(tmp_path / "out"), SystemClock())
+    assert [point.step for point in points(folder)] == [10, 20, 30]
+
+
+def test_a_newer_bfloat16_copy_stands_in_for_a_master(folder: CheckpointFolder, tmp_path: Path):
+    """As `weights16` leaves them: the master of step 20, and a copy written with step 30."""
+    point = points(folder)[-1]
+    old = next(t for t in point.tensors.values() if t.component == "master" and t.group and point.objects[t.pieces[0].object].step < 30)
+    new = next(t for t in point.tensors.values() if t.component == "master" and t.name == old.name and t.key != old.key
+               and point.objects[t.pieces[0].object].step == 30)  # fmt: skip
+    copy = replace(new, component=WEIGHT16, expert=old.expert)
+    mixed = replace(point, tensors=point.tensors | {copy.key: copy})
+    assert {t.key: t.pieces for t in freshest(mixed)}[old.key] == new.pieces
+    older = replace(point, tensors=point.tensors | {(late := replace(old, component=WEIGHT16, expert=new.expert)).key: late})
+    assert {t.key: t.pieces for t in freshest(older)}[new.key] == new.pieces
+    assert len(freshest(mixed)) == len(point.tensors)
+    assert max(t.expert or 0 for t in freshest(mixed)) == NUM_EXPERTS - 1
