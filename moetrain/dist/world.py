@@ -17,6 +17,7 @@ from torch.distributed import FileStore, Store  # pyright: ignore[reportPrivateI
 
 from moetrain.base.errors import TrainingError
 from moetrain.base.log import logger
+from moetrain.dist.board import Board, DictBoard, StoreBoard
 from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.watch import Watch, Watchdog
@@ -113,6 +114,12 @@ class World:
             self.watch.watchdog = None
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def board(self) -> Board:
+        """A notice board of this start of all ranks, on a connection of its own."""
+        if self._store is None:
+            return DictBoard()
+        return StoreBoard(self._store.clone())  # pyright: ignore[reportAttributeAccessIssue]
 
     def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks") -> Tensor:
         """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor."""

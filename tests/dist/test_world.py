@@ -22,6 +22,14 @@ from moetrain.dist.world import World
 from tests.kit import run_ranks
 
 
+def posted(world: World) -> dict[str, str]:
+    """What all ranks put on the board."""
+    board = world.board()
+    board.post(f"rank {world.rank}", str(world.rank))
+    world.barrier("posted")
+    return board.read([f"rank {rank}" for rank in range(world.size + 1)])
+
+
 def agree_and_sum(world: World, folder: Path) -> dict[str, object]:
     value = {"name": "run", "list": [1, 2.5, None], "text": "ä"} if world.is_main else None
     world.barrier("start")
@@ -30,6 +38,7 @@ def agree_and_sum(world: World, folder: Path) -> dict[str, object]:
     return {
         "agreed": world.agree(value),
         "nothing": world.agree(None),
+        "posted": posted(world),
         "gathered": world.gather({"rank": "ä" * world.rank}),
         "sum": int(world.sum_(torch.tensor([world.rank]))),
         "ep": (mesh.ep.ranks, mesh.ep.index, float(mesh.ep.sum_(ones.clone()))),
@@ -101,6 +110,7 @@ def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
     for rank, result in enumerate(results):
         assert result["agreed"] == {"name": "run", "list": [1, 2.5, None], "text": "ä"}
         assert result["nothing"] is None
+        assert result["posted"] == {f"rank {rank}": str(rank) for rank in range(4)}
         assert result["gathered"] == [{"rank": "ä" * other} for other in range(4)]
         assert result["sum"] == 6
         assert result["ep"] == (((0, 1), (2, 3))[rank // 2], rank % 2, (3.0, 7.0)[rank // 2])
