@@ -5,14 +5,22 @@ from dataclasses import dataclass
 from moetrain.base.errors import ConfigError, one_of
 from moetrain.checkpoint.modes import MODES
 
+SELECTIONS = ("sequential", "greedy", "unsaved_age")
+INTERVALS = ("steps", "auto")
+
 
 @dataclass
 class CheckpointConfig:
     """Partial expert checkpoints, arXiv 2408.04307."""
 
     every_steps: int = 50  # 0 = only at the end and on a stop signal
-    mode: str = "experts"  # experts: all state of unselected experts is left out | full
-    experts_per_save: int = 1  # K: experts per layer in one partial checkpoint
+    interval: str = "steps"  # steps: every_steps | auto: by Young and Daly from measured costs, every_steps until they are measured
+    mean_hours_between_failures: float = 24.0  # of the whole job; for interval=auto and plt_budget
+    mode: str = "experts"  # what of an unselected expert is left out: experts (all) | weights16 (all but bfloat16 weights) | moments | full
+    experts_per_save: int = 1  # K: experts per layer in one partial checkpoint; with plt_budget the fewest
+    selection: str = "sequential"  # which experts: sequential | greedy (most unsaved tokens) | unsaved_age (unsaved tokens x age)
+    max_age_rounds: float = 2.2  # unsaved_age: no expert waits longer than this many rounds of E / K checkpoints
+    plt_budget: float = 0.0  # share of all token assignments that recoveries may lose in the whole run: K rises and falls; 0 = K is fixed
     full_every: int = 0  # every n-th checkpoint is full; 0 = only the first and the last
     keep: int = 3  # newest recovery points kept; objects they refer to are kept with them
     resume: str = "auto"  # auto | must | never | path of a run or checkpoint folder
@@ -23,6 +31,8 @@ class CheckpointConfig:
     def check(self, key: str = "checkpoint") -> None:
         """Raises ConfigError at the first broken rule."""
         one_of(f"{key}.mode", self.mode, MODES)
+        one_of(f"{key}.selection", self.selection, SELECTIONS)
+        one_of(f"{key}.interval", self.interval, INTERVALS)
         for name, value, least in (
             ("every_steps", self.every_steps, 0),
             ("experts_per_save", self.experts_per_save, 1),
@@ -31,5 +41,15 @@ class CheckpointConfig:
         ):
             if value < least:
                 raise ConfigError.of(f"{key}.{name}", value, f"it must be at least {least}")
-        if self.timeout_seconds <= 0:
-            raise ConfigError.of(f"{key}.timeout_seconds", self.timeout_seconds, "it must be positive")
+        for name, value in (
+            ("timeout_seconds", self.timeout_seconds),
+            ("mean_hours_between_failures", self.mean_hours_between_failures),
+        ):
+            if not value > 0:
+                raise ConfigError.of(f"{key}.{name}", value, "it must be positive")
+        if not self.max_age_rounds >= 1:
+            raise ConfigError.of(f"{key}.max_age_rounds", self.max_age_rounds, "it must be at least 1: one round writes every expert once")
+        if not 0 <= self.plt_budget < 1:
+            raise ConfigError.of(f"{key}.plt_budget", self.plt_budget, "it must be a share between 0 and 1", "The paper allows 0.0375.")
+        if self.interval == "auto" and self.every_steps == 0:
+            raise ConfigError.of(f"{key}.interval", self.interval, "the first saves, which are measured, need every_steps above 0")

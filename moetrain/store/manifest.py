@@ -6,7 +6,7 @@ Never a list of differences: one read says everything, so a missing chunk can ne
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -16,6 +16,7 @@ from moetrain.base.errors import CheckpointError
 from moetrain.store.boxes import Shape
 
 FORMAT, VERSION = "moetrain.checkpoint", 1
+WEIGHT16 = "weight16"  # component: an expert's master rounded to bfloat16, written where the master's turn has not come
 Group = tuple[str, int]
 """A bank and one of its experts: what is saved and restored together."""
 
@@ -127,11 +128,28 @@ class Manifest:
 
     def ages(self) -> dict[Group, int]:
         """For every expert, how many steps older than this recovery point its oldest object is."""
+        return self._oldest(tensor for tensor in self.tensors.values() if tensor.component != WEIGHT16)
+
+    def weight_ages(self) -> dict[Group, int]:
+        """For every expert, how many steps older than this recovery point the weights are that it restores."""
+        return self._oldest(self.newest_weights(tensor) for tensor in self.tensors.values() if tensor.component == "master")
+
+    def newest_weights(self, tensor: Tensor) -> Tensor:
+        """What to read for a tensor: of an expert's master its bfloat16 copy, when that is newer; else the tensor itself."""
+        if tensor.component != "master" or tensor.group is None:
+            return tensor
+        copy = self.tensors.get(replace(tensor, component=WEIGHT16).key)
+        return copy if copy is not None and self.step_of(copy) > self.step_of(tensor) else tensor
+
+    def step_of(self, tensor: Tensor) -> int:
+        """The training step of a tensor's oldest object."""
+        return min(self.objects[piece.object].step for piece in tensor.pieces)
+
+    def _oldest(self, tensors: Iterable[Tensor]) -> dict[Group, int]:
         oldest: dict[Group, int] = dict.fromkeys(self.groups(), 0)
-        for tensor in self.tensors.values():
+        for tensor in tensors:
             if tensor.group:
-                step = min(self.objects[piece.object].step for piece in tensor.pieces)
-                oldest[tensor.group] = max(oldest[tensor.group], self.step - step)
+                oldest[tensor.group] = max(oldest[tensor.group], self.step - self.step_of(tensor))
         return oldest
 
     def adam_steps(self) -> dict[Group, int]:
