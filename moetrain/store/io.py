@@ -1,4 +1,4 @@
-"""Every file operation of a checkpoint, each behind a hook: tests kill or fail the process at any one of them."""
+"""Every file operation of a checkpoint on a file system, each behind a hook: tests kill or fail the process at any one of them."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -17,7 +17,8 @@ def no_hook(operation: str, path: Path) -> None:
 class Io:
     """The operating system's calls, one hook point each. The hook runs *before* the call and may raise OSError.
 
-    Operations: mkdir open write fsync rename link unlink rmdir fsync_folder read list.
+    Operations: mkdir open write fsync rename link unlink rmdir fsync_folder read list. Looking at a name (`exists`, `is_folder`,
+    `size`, `num_links`) has none.
     """
 
     def __init__(self, hook: Hook = no_hook) -> None:
@@ -46,10 +47,7 @@ class Io:
             self._hook("write", path)
             written = os.writev(descriptor, views[:_MOST_BUFFERS])
             total += written
-            while views and written >= len(views[0]):
-                written -= len(views.pop(0))
-            if written:
-                views[0] = views[0][written:]
+            _advance(views, written)
         return total
 
     def rename(self, source: Path, target: Path) -> None:
@@ -74,11 +72,11 @@ class Io:
         """Removes a folder and what is in it; an absent one is fine."""
         for name in self.list(path):
             child = path / name
-            if child.is_dir():
+            if self.is_folder(child):
                 self.remove_tree(child)
             else:
                 self.unlink(child)
-        if path.is_dir():
+        if self.is_folder(path):
             self.rmdir(path)
 
     def fsync_folder(self, path: Path) -> None:
@@ -99,13 +97,39 @@ class Io:
         self._hook("read", path)
         return path.read_bytes()
 
-    def read_range(self, path: Path, offset: int, num_bytes: int) -> bytes:
-        """`num_bytes` from `offset`, fewer at the end of the file."""
+    def read_into(self, path: Path, offset: int, views: Sequence[memoryview]) -> int:
+        """Fills the views, one after the other, from `offset`. Returns the number of bytes, fewer at the end of the file."""
         self._hook("read", path)
-        with path.open("rb", buffering=0) as file:
-            file.seek(offset)
-            parts = []
-            while num_bytes and (part := file.read(num_bytes)):
-                parts.append(part)
-                num_bytes -= len(part)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        left, total = [view.cast("B") for view in views if view.nbytes], 0
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            while left and (count := os.preadv(descriptor, left[:_MOST_BUFFERS], offset + total)):
+                total += count
+                _advance(left, count)
+        finally:
+            os.close(descriptor)
+        return total
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def is_folder(self, path: Path) -> bool:
+        return path.is_dir()
+
+    def size(self, path: Path) -> int:
+        """Bytes of a file. Raises FileNotFoundError."""
+        return path.stat().st_size
+
+    def num_links(self, path: Path) -> int:
+        return path.stat().st_nlink
+
+
+def _advance(views: list[memoryview], num_bytes: int) -> None:
+    """Drops the first `num_bytes`, and with them the empty views behind them."""
+    done = 0
+    while done < len(views) and num_bytes >= len(views[done]):
+        num_bytes -= len(views[done])
+        done += 1
+    del views[:done]
+    if num_bytes:
+        views[0] = views[0][num_bytes:]

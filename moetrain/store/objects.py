@@ -1,23 +1,28 @@
-"""A checkpoint folder: immutable objects, receipts and manifests, and the renames that make them appear whole.
+"""A checkpoint folder: immutable objects, receipts and manifests, each of which appears whole or not at all.
 
 claims/<epoch>                            who may commit: the newest one
 objects/<save>/<rank>-<random>/<label>/   one Zarr array each; `.part` behind <random> until all are durable
 receipts/<save>/<rank>.json               what one rank wrote;  receipts/<save>/abandoned: the reason there is no manifest
 manifests/<save>.json                     the commit
+pins/<name>@<save>                        a recovery point that no sweep removes;  gc/: what a sweep is about to remove (`sweep.py`)
 """
 
 import json
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
-from moetrain.store.encode import DATA, METADATA, Encoded
+from moetrain.store.backend import Backend, Item, is_s3, open_backend
+from moetrain.store.encode import DATA, METADATA, ArrayReader, Encoded
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId, seal, unseal
+from moetrain.store.pins import Pins
+from moetrain.store.sweep import Sweep
 
 ABANDONED = "abandoned"
 
@@ -27,15 +32,19 @@ class Superseded(CheckpointError):
 
 
 class CheckpointFolder:
-    """Reads and writes of one checkpoint folder, none of them ever in place. No torch."""
+    """Reads and writes of one checkpoint folder, none of them ever in place. No torch.
 
-    def __init__(self, path: Path, io: Io) -> None:
+    `path`: a folder, or `s3://bucket/prefix` as a Path. `io`: file operations, or a whole backend in their place.
+    """
+
+    def __init__(self, path: Path, io: Io | Backend) -> None:
         self.path = path
-        self.io = io
+        self.io = open_backend(path, io)
         self._claims = path / "claims"
         self._manifests = path / "manifests"
         self._objects = path / "objects"
         self._receipts = path / "receipts"
+        self._pins = Pins(path / "pins", path / "gc", self.io)
 
     # who may write
 
@@ -45,24 +54,27 @@ class CheckpointFolder:
         Raises CheckpointError when the folder cannot be written.
         """
         try:
-            for folder in (self._claims, self._manifests, self._objects, self._receipts):
-                self.io.mkdir(folder)
-            self.io.fsync_folder(self.path)
-            owner = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": now}).encode()
+            self.io.prepare([self._claims, self._manifests, self._objects, self._receipts])
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": secrets.token_hex(8)}
+            epoch = self.newest_epoch() + 1
             while True:
-                epoch = self.newest_epoch() + 1
                 try:
-                    self._put_new(self._claims / f"{epoch:06d}", seal(owner))
+                    self.io.create(self._claims / f"{epoch:06d}", seal(json.dumps(owner).encode()))
                     break
                 except FileExistsError:  # two jobs start at once: the other one won this number
-                    continue
+                    epoch += 1
             return SaveId(epoch, 1 + max((save.seq for save in self._used()), default=0))
         except OSError as error:
             hint = "checkpoint folders need a writable file system with hard links and rename."
+            if is_s3(self.path):
+                hint = "check the bucket and the AWS environment variables; conditional writes (If-None-Match) are needed."
             raise CheckpointError(f"The checkpoint folder {self.path} cannot be written: {error.strerror}.", hint) from error
 
     def newest_epoch(self) -> int:
-        return max((int(name) for name in self.io.list(self._claims) if name.isdigit()), default=0)
+        epoch = max((int(name) for name in self.io.list(self._claims) if name.isdigit()), default=0)
+        while self.io.exists(self._claims / f"{epoch + 1:06d}"):  # a list may be late; claims have no gaps and are never removed
+            epoch += 1
+        return epoch
 
     def check_claim(self, epoch: int) -> None:
         """Raises Superseded unless `epoch` is still the newest."""
@@ -81,31 +93,20 @@ class CheckpointFolder:
         return f"{save}/{rank:05d}-{secrets.token_hex(4)}"
 
     def put_share(self, share: str, objects: Iterable[tuple[str, Encoded]]) -> None:
-        """Writes labelled objects; all of them are there and durable when it returns, none of them before."""
-        target = self._objects / share
-        part = target.with_name(f"{target.name}.part")
-        self.io.mkdir(part)
-        self.io.fsync_folder(self._objects)
-        for label, encoded in objects:
-            folder = part / label
-            self.io.mkdir(folder)
-            if encoded.data:
-                self.io.write_new(folder / DATA, encoded.data)
-            self.io.write_new(folder / METADATA, [encoded.metadata])
-            self.io.fsync_folder(folder)
-        self.io.fsync_folder(part)
-        self.io.rename(part, target)
-        self.io.fsync_folder(target.parent)
+        """Writes labelled objects; all of them are durable when it returns, and nobody may count on any of them before."""
+        self.io.put_group(self._objects / share, (_item(label, encoded) for label, encoded in objects))
 
     def object_folder(self, name: str) -> Path:
         return self._objects / name
 
+    def open(self, name: str) -> ArrayReader:
+        """An object by its name in a manifest. Raises CheckpointError when its description, length or index is damaged."""
+        return ArrayReader(self.object_folder(name), self.io)
+
     # receipts and outcomes
 
     def put_receipt(self, save: SaveId, rank: int, receipt: dict) -> None:
-        folder = self._receipts / str(save)
-        self.io.mkdir(folder)
-        self._put_new(folder / f"{rank:05d}.json", seal(json.dumps(receipt, separators=(",", ":")).encode()))
+        self.io.create(self._receipts / str(save) / f"{rank:05d}.json", seal(json.dumps(receipt, separators=(",", ":")).encode()))
 
     def receipt(self, save: SaveId, rank: int) -> dict | None:
         """What the rank has handed in; None while it has not. Raises CheckpointError when damaged."""
@@ -120,17 +121,16 @@ class CheckpointFolder:
         decided before. Only for the process that would commit it. `needs_full`: the next save has nothing to refer to."""
         if self.outcome(save) is not None:
             return
-        folder = self._receipts / str(save)
-        self.io.mkdir(folder)
-        self._put_new(folder / ABANDONED, seal(json.dumps({"reason": reason, "needs_full": needs_full}).encode()))
+        content = json.dumps({"reason": reason, "needs_full": needs_full}).encode()
+        self.io.create(self._receipts / str(save) / ABANDONED, seal(content))
         with suppress(OSError):  # a late rank may still be writing there; a later sweep takes what is left
             self.io.remove_tree(self._objects / str(save))
 
     def outcome(self, save: SaveId) -> bool | None:
         """True: committed, False: abandoned, None: not known yet."""
-        if (self._manifests / f"{save}.json").exists():
+        if self.io.exists(self._manifests / f"{save}.json"):
             return True
-        return False if (self._receipts / str(save) / ABANDONED).exists() else None
+        return False if self.io.exists(self._receipts / str(save) / ABANDONED) else None
 
     def reason(self, save: SaveId) -> str:
         """Why a save was abandoned; "" when nobody says."""
@@ -160,7 +160,7 @@ class CheckpointFolder:
         if self.outcome(manifest.save) is not None:
             raise decided
         try:
-            self._put_new(self._manifests / f"{manifest.save}.json", manifest.to_bytes())
+            self.io.create(self._manifests / f"{manifest.save}.json", manifest.to_bytes())
         except FileExistsError:
             raise decided from None
 
@@ -188,80 +188,70 @@ class CheckpointFolder:
             except CheckpointError as error:
                 yield error
 
+    def unfinished(self) -> list[SaveId]:
+        """Saves after the newest committed one whose ranks wrote something and of which nothing more is known, newest first: they
+        were interrupted, or somebody removed their manifest."""
+        newest = next(iter(self.saves()), SaveId(0, 0))
+        late = {save for folder in (self._receipts, self._objects) for name in self.io.list(folder) if (save := SaveId.parse(name))}
+        return sorted((save for save in late if save > newest and self.outcome(save) is None), reverse=True)
+
     # room
 
+    def pin(self, name: str, save: SaveId) -> None:
+        """Keeps a recovery point until `unpin`. Raises CheckpointError when it is damaged or being removed, or the name taken."""
+        self._pins.add(name, self.manifest(save).save, self._manifests / f"{save}.json")
+
+    def unpin(self, name: str) -> None:
+        """Raises CheckpointError when there is no such pin."""
+        self._pins.remove(name)
+
+    def pins(self) -> dict[str, SaveId]:
+        """Name -> the recovery point it keeps."""
+        return self._pins.all()
+
     def sweep(self, keep: int, current: SaveId) -> None:
-        """Removes all but the newest `keep` recovery points, then what none of them needs.
+        """Removes all but the newest `keep` recovery points and the pinned ones, then what none of them needs.
 
         Manifests go first and are gone for good before any object does: a crash leaks, it never loses. What a save newer than
         `current` or another job wrote is left alone. Raises Superseded; does nothing about objects while a manifest is unreadable.
         """
         self.check_claim(current.epoch)
-        self._drop_manifests(keep)
-        live: set[str] = set()
-        for manifest in self.history():
-            if isinstance(manifest, CheckpointError):
-                return
-            live |= manifest.objects.keys()
-        for folder in (self._receipts, self._objects):
-            for name in self.io.list(folder):
-                if (save := SaveId.parse(name)) and save < current:
-                    self._remove_dead(folder / name, live if folder == self._objects else set())
-        self._remove_leftovers(current)
+        if current in self.saves():  # else the list is late: a later sweep knows more
+            Sweep(self, self.path, self.io, current).run(keep)
 
-    def _drop_manifests(self, keep: int) -> None:
-        good = 0
-        for save, manifest in zip(self.saves(), self.history(), strict=True):
-            if good >= keep:
-                self.io.unlink(self._manifests / f"{save}.json")
-            good += isinstance(manifest, Manifest)
-        self.io.fsync_folder(self._manifests)
+    def prune(self, keep: int, take_over: bool = False) -> None:
+        """A sweep by hand, for a folder that no job uses: it is claimed first, so that a job that does use it stops.
 
-    def _remove_dead(self, folder: Path, live: set[str]) -> None:
-        """Removes the shares of one save (or its receipts) except live objects, and the folders that are empty then."""
-        for share in self.io.list(folder):
-            if not (folder / share).is_dir():
-                self.io.unlink(folder / share)
-                continue
-            for label in self.io.list(folder / share):
-                if f"{folder.name}/{share}/{label}" not in live:
-                    self.io.remove_tree(folder / share / label)
-            if not self.io.list(folder / share):
-                self.io.rmdir(folder / share)
-        if not self.io.list(folder):
-            self.io.rmdir(folder)
+        Raises CheckpointError, unless `take_over`, when such a job is alive or may be.
+        """
+        owner = self._owner()
+        if owner is not None and not take_over:
+            raise CheckpointError(f"{owner} may be writing to {self.path}.", "Wait for its end: it prunes by checkpoint.keep itself.")
+        Sweep(self, self.path, self.io, self.claim(time.time())).run(keep)
 
-    def _remove_leftovers(self, current: SaveId) -> None:
-        """Temporary names of crashed writers, and claims that were superseded."""
-        for name in self.io.list(self._manifests):
-            if name.startswith(".") and (save := SaveId.parse(name)) and save < current:
-                self.io.unlink(self._manifests / name)
-        for name in self.io.list(self._claims):
-            epoch = name.removeprefix(".").partition(".")[0]
-            if epoch.isdigit() and int(epoch) < current.epoch:
-                self.io.unlink(self._claims / name)
-
-    def _put_new(self, path: Path, data: bytes) -> None:
-        """Creates a file that is whole and durable from its first moment. FileExistsError when the name is taken."""
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    def _owner(self) -> str | None:
+        """The job that has the newest claim, unless it is known to have ended."""
+        epoch = self.newest_epoch()
+        if not epoch:
+            return None
+        path = self._claims / f"{epoch:06d}"
         try:
-            self.io.write_new(temporary, [data])
-            self._link(temporary, path)
-        finally:
-            self.io.unlink(temporary)
-        self.io.fsync_folder(path.parent)
+            owner = unseal(self.io.read(path), str(path))
+        except (OSError, CheckpointError):
+            return f"The owner of epoch {epoch}"
+        if owner["host"] == socket.gethostname() and (owner["pid"] == os.getpid() or not Path(f"/proc/{owner['pid']}").exists()):
+            return None
+        return f"Process {owner['pid']} on {owner['host']}"
 
-    def _link(self, source: Path, target: Path) -> None:
-        try:
-            self.io.link(source, target)
-        except FileExistsError:
-            if source.stat().st_nlink != 2:  # a network file system may do it, lose the answer, and be asked again
-                raise
+
+def _item(label: str, encoded: Encoded) -> Item:
+    data = [(DATA, encoded.data)] if encoded.data else []
+    return label, [*data, (METADATA, [encoded.metadata])]
 
 
 def resolve(path: Path) -> Path:
     """The checkpoint folder of a run folder, or the folder itself. Raises CheckpointError when there is none."""
     for folder in (path, path / "checkpoint"):
-        if (folder / "manifests").is_dir():
+        if open_backend(folder).is_folder(folder / "manifests"):
             return folder
     raise CheckpointError(f"There is no checkpoint in {path}.", "Name a run folder, or its folder `checkpoint`.")

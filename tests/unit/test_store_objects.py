@@ -132,10 +132,10 @@ def test_sweep_removes_manifests_before_any_object(folder):
     for seq in (1, 2, 3):
         committed(folder, SaveId(1, seq))
     order: list[str] = []
-    watched = CheckpointFolder(folder.path, Io(lambda operation, path: order.append(f"{operation} {path.parent.name}")))
+    watched = CheckpointFolder(folder.path, Io(lambda operation, path: order.append(f"{operation} {path.parent.name} {path.name}")))
     watched.sweep(1, SaveId(1, 3))
-    gone = [i for i, line in enumerate(order) if line == "unlink manifests"]
-    synced = order.index("fsync_folder checkpoint")
+    gone = [i for i, line in enumerate(order) if line.startswith("unlink manifests")]
+    synced = order.index("fsync_folder checkpoint manifests")
     assert len(gone) == 2
     assert max(gone) < synced < min(i for i, line in enumerate(order) if line.startswith("unlink dense"))
 
