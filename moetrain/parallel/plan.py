@@ -12,6 +12,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.count import ParameterCount, count_parameters, training_flops_per_token
 from moetrain.model.shapes import is_expert, parameter_shapes
 from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.store.manifest import WEIGHT16
 
 VALUE_BYTES = {"float32": 4, "float64": 8}
 STEP_BYTES = 8
@@ -53,7 +54,7 @@ class Batch:
 class Saving:
     """What decides the size of checkpoints."""
 
-    always_written: frozenset[str]  # components (master, m, v, step) of an expert that are written although it was not selected
+    always_written: frozenset[str]  # components (master, m, v, step, weight16) of an expert that are written although it was not selected
     experts_per_save: int
     full_every: int
     keep: int
@@ -277,5 +278,7 @@ def checkpoint_size(model: ModelConfig, value: int, world: int, saving: Saving) 
 
 
 def _state_bytes(components: frozenset[str], num_values: int, num_leaves: int, value: int) -> int:
-    """master, m and v are arrays of values; step is one int64 per parameter."""
-    return sum(num_leaves * STEP_BYTES if component == "step" else num_values * value for component in components)
+    """master, m and v are arrays of values, weight16 of bfloat16; step is one int64 per parameter."""
+    of_value = {"step": 0, WEIGHT16: 2}
+    of_leaf = {"step": STEP_BYTES}
+    return sum(num_values * of_value.get(component, value) + num_leaves * of_leaf.get(component, 0) for component in components)

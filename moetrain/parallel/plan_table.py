@@ -7,6 +7,8 @@ from rich.text import Text
 from moetrain.parallel.plan import Plan
 from moetrain.telemetry.format import quantity, share, size
 
+USUAL_BYTES = 14  # a parameter of what is usually saved: bfloat16 weight, float32 master, two moments
+
 
 def render(plan: Plan, name: str) -> Group:
     """The whole plan of run `name`; notes come last, in red: the run cannot start like this."""
@@ -73,7 +75,8 @@ def _memory(plan: Plan) -> list[tuple[str, str, str]]:
 
 def _bytes(plan: Plan) -> list[tuple[str, str, str]]:
     saved = plan.checkpoint
-    partial = f"by a rank; {size(saved.partial)} together, {share(saved.partial / saved.full)}"
+    of_usual = share(saved.partial / (USUAL_BYTES * plan.parameters.total))
+    partial = f"by a rank; {size(saved.partial)} together, {share(saved.partial / saved.full)} ({of_usual} of {USUAL_BYTES} B a parameter)"
     return [
         ("all-to-all per step", size(plan.all_to_all_bytes), "sent by a rank, forward and backward"),
         ("full checkpoint", size(saved.full_per_rank), f"by a rank; {size(saved.full)} together"),

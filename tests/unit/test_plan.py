@@ -1,6 +1,6 @@
 """The plan's arithmetic: against hand computation, brute force, published figures and the real engine's state."""
 
-from math import ceil
+from math import ceil, prod
 
 import pytest
 from hypothesis import given
@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from moetrain.base.errors import ConfigError, PlanError
 from moetrain.model.config import AttentionConfig, ModelConfig
 from moetrain.model.count import count_parameters
+from moetrain.model.shapes import is_expert, parameter_shapes
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.plan import (
     Axes,
@@ -184,6 +185,29 @@ def test_partial_checkpoint_has_the_papers_share() -> None:
     size = checkpoint_size(model, 4, 64, Saving(NOTHING, 1, 0, 3))
     assert size.partial / size.full == pytest.approx(0.191, abs=0.002)
     assert size.partial_per_rank == ceil(size.partial / 64)
+
+
+@pytest.mark.parametrize("mode", ["experts", "weights16", "moments", "full"])
+def test_partial_checkpoint_of_every_mode_is_what_its_rule_writes(mode: str) -> None:
+    """Counted component by component with the rule that saving uses: K = 1 of 4 experts."""
+    from moetrain.checkpoint.modes import ALWAYS_WRITTEN, is_written
+    from moetrain.store.manifest import Tensor
+
+    model = tiny(num_experts=4)
+    bytes_of = {"master": 4, "m": 4, "v": 4, "weight16": 2}
+    expected = 0
+    for name, shape in parameter_shapes(model).items():
+        experts = range(4) if is_expert(name) else [None]
+        for expert in experts:
+            values = prod(shape[1:] if expert is not None else shape)
+            for component in (*bytes_of, "step"):
+                bank = None if expert is None else name.rpartition(".")[0]
+                if expert is None and component == "weight16":
+                    continue
+                selection = {key: [2] for key in model.banks()}
+                if is_written(Tensor(name, component, bank, expert, "", (), ()), mode, selection):
+                    expected += 8 if component == "step" else values * bytes_of[component]
+    assert checkpoint_size(model, 4, 1, Saving(ALWAYS_WRITTEN[mode], 1, 0, 1)).partial == expected
 
 
 def test_always_written_components_make_partial_checkpoints_larger() -> None:
