@@ -5,7 +5,8 @@ rank 0's writer commits. The training thread waits for the first only, and only 
 """
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from moetrain.base.clock import Clock
@@ -13,13 +14,14 @@ from moetrain.base.errors import CheckpointError
 from moetrain.base.log import logger
 from moetrain.checkpoint.arena import Arena, usual_folders
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of
+from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of, shown
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
-from moetrain.checkpoint.modes import is_written
-from moetrain.checkpoint.plan import lay_out, my_parts
+from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.modes import Selection, is_derived
+from moetrain.checkpoint.plan import Holding, holdings_of, lay_out, merged, my_parts
 from moetrain.checkpoint.process import Writer, WriterDied, WriterProcess
 from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together
-from moetrain.checkpoint.select import rotation
+from moetrain.checkpoint.turns import Figures, Homes, Horizon, Turns, homes_of
 from moetrain.model.state import ModelState
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
@@ -39,6 +41,7 @@ class Status:
     committed_bytes: int = 0
     committed_seconds: float = 0.0  # from the filled arena to the commit
     oldest_expert_steps: int = 0
+    figures: Figures = field(default_factory=Figures)
     failures: int = 0
     last_failure: str = ""
 
@@ -49,19 +52,25 @@ class Status:
 
 @dataclass(frozen=True)
 class Line:
-    """Where the line of recovery points stands that the next save continues. `banks` None: nothing to build on, save in full."""
+    """Where the line of recovery points stands that the next save continues. `banks` None: nothing to build on, save in full.
+
+    `ledger`: as its newest recovery point holds it; after a recovery with what that lost.
+    """
 
     parent: SaveId | None = None
     index: int = 0
     banks: dict[str, int] | None = None
+    ledger: Ledger | None = None
 
 
 class Pending:
     """One save under way."""
 
-    def __init__(self, save: SaveId, step: int) -> None:
+    def __init__(self, save: SaveId, step: int, ledger: Ledger, expected_faults: float) -> None:
         self.save = save
         self.step = step
+        self.ledger = ledger  # counted up to this step
+        self.expected_faults = expected_faults
         self.committed = False
         self.reason = ""  # why it was given up
         self.error: Exception | None = None  # what the training thread must hear about
@@ -86,9 +95,11 @@ class Checkpointer:
 
     def __init__(
         self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, writer: Writer | None = None,
-        gather: Gather | None = None,
+        gather: Gather | None = None, turns: Turns | None = None,
     ) -> None:  # fmt: skip
         """Every rank constructs it; `agree` is called once. `writer`: None for the rank's own process; `gather`: None in one process.
+
+        `turns` knows the banks whose tokens are counted; None: nobody counts.
 
         Raises CheckpointError when the folder cannot be written.
         """
@@ -106,15 +117,26 @@ class Checkpointer:
         self._arena: Arena | None = None
         self._pending: Pending | None = None
         self._status = Status()
+        self._turns = turns or Turns(config, Horizon())
+        self._ledger = Ledger.of_banks(self._turns.banks)
+        self._holdings: list[Holding] | None = None
+        self._homes: Homes | None = None
 
-    def save(self, state: ModelState, progress: dict, *, full: bool = False) -> Pending:
+    def count(self, load: Sequence[Sequence[int]]) -> None:
+        """One more step was trained. `load`: token-assignments of all ranks, layers x experts; the same on every rank."""
+        if self._turns.banks:
+            self._ledger = self._ledger.count(load)
+
+    def save(self, state: ModelState, progress: dict, *, full: bool = False, expected_faults: float = 1.0) -> Pending:
         """Starts a save and returns at once. `state` may change only after `wait_copied`; `progress` is JSON-able and has `step`.
+
+        `expected_faults`: until the end of the run, the same on every rank; what is left of the PLT budget is divided by it.
 
         A save that cannot be committed (a full disk, a dead writer, a late rank) is given up with a warning; the next one
         takes the same experts. So is one that finds the save before it still running, except a `full` one, which waits for it.
         Raises CheckpointError when another job has taken over the folder.
         """
-        previous, pending = self._pending, Pending(self._next, int(progress["step"]))
+        previous, pending = self._pending, Pending(self._next, int(progress["step"]), self._ledger, expected_faults)
         if previous is not None and previous.error is not None:
             raise previous.error
         self._next = SaveId(self._next.epoch, self._next.seq + 1)
@@ -165,6 +187,7 @@ class Checkpointer:
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
         restored = restore_together(self._folder.path, at, state, self._rank, self._world, self._gather)
+        self._meet(state)
         if restored is None:
             return None
         choice, report = restored
@@ -172,10 +195,22 @@ class Checkpointer:
         own = choice.folder.resolve() == self._folder.path.resolve()
         # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
         builds_on = own and not choice.damage and not report.is_converted
-        self._line = Line(manifest.save, manifest.index + 1, manifest.banks()) if builds_on else Line(None, manifest.index + 1)
+        ledger = Ledger.of_json(manifest.ledger, manifest.banks()).restored()
+        self._line = Line(manifest.save, manifest.index + 1, manifest.banks(), ledger) if builds_on else Line(None, manifest.index + 1)
+        if ledger.banks == self._turns.banks:
+            self._ledger = ledger
         if own:
-            self._status = replace(self._status, committed_seq=manifest.seq, committed_step=manifest.step)
+            figures = self._turns.figures(ledger, 0)
+            self._status = replace(self._status, committed_seq=manifest.seq, committed_step=manifest.step, figures=figures)
         return report
+
+    def _meet(self, state: ModelState) -> None:
+        """Every rank learns who holds what, so that from now on all divide a save alike without asking."""
+        answers = self._gather([holding.to_json() for holding in holdings_of(parts_of(shown(state, self._config.mode)))])
+        if len(answers) == self._world:  # a `gather` that brings rank 0's answer only tells nothing
+            said = [[Holding.of_json(found) for found in answer] for answer in answers if isinstance(answer, list)]
+            self._holdings = merged(said)
+            self._homes = homes_of(self._holdings)
 
     # one save, in its own thread
 
@@ -216,15 +251,18 @@ class Checkpointer:
 
     def _copy(self, pending: Pending, state: ModelState, progress: dict, full: bool, ready: Ready) -> tuple[SaveJob, Arena]:
         """Chooses what this rank writes and copies it into the arena."""
-        line = self._attempts[pending.save] = self._line
-        selection = None if self._is_full(line, full) else rotation(line.index, line.banks or {}, self._config.experts_per_save)
+        line = self._line
+        ledger = self._seen_from(line, pending.ledger)
+        selection = self._selection(line, ledger, full, pending.expected_faults)
+        ledger = ledger.after(selection, self._config.mode)
+        self._attempts[pending.save] = replace(line, ledger=ledger if ledger.total else None)
+        state = shown(state, self._config.mode)
         parts = parts_of(state)
-        wanted = [number for number, part in enumerate(parts) if is_written(part.tensor, self._config.mode, selection)]
-        mine = [wanted[number] for number in my_parts([parts[number] for number in wanted], self._rank)]
-        plans, num_bytes = lay_out(parts, mine)
+        mine = my_parts(parts, self._rank, self._config.mode, selection, self._holdings)
+        plans, num_bytes = lay_out(mine)
         arena = self._room(num_bytes)
         objects = copy_fragments(state, plans, arena, ready)
-        written = set(mine)
+        written = {part.number for part in mine}
         job = SaveJob(
             folder=str(self._folder.path),
             save=pending.save,
@@ -236,12 +274,21 @@ class Checkpointer:
             mode=self._config.mode,
             selection=selection,
             objects=objects,
-            tensors=[replace(part.tensor, pieces=()) for number, part in enumerate(parts) if number not in written],
+            tensors=[replace(part.tensor, pieces=()) for part in parts if part.number not in written and not is_derived(part.tensor)],
             progress=progress,
             keep=self._config.keep,
             timeout_seconds=self._config.timeout_seconds,
+            ledger=ledger.to_json() if ledger.total else {},
         )
         return job, arena
+
+    def _seen_from(self, line: Line, counted: Ledger) -> Ledger:
+        """The live ledger: what was counted, and what the newest commit holds of it."""
+        ledger = counted if counted.total else Ledger.of_banks(line.banks or {})
+        return ledger.since(line.ledger) if line.ledger else ledger
+
+    def _selection(self, line: Line, ledger: Ledger, full: bool, expected_faults: float) -> Selection | None:
+        return None if self._is_full(line, full) else self._turns.selection(line.index, ledger, expected_faults, self._homes)
 
     def _current_line(self) -> Line:
         """Read from the folder, not remembered: every rank sees the same."""
@@ -250,7 +297,7 @@ class Checkpointer:
         if committed:
             tried = self._attempts[committed[0]]
             banks = tried.banks or self._banks(committed[0])
-            line = Line(committed[0], tried.index + 1, banks)
+            line = Line(committed[0], tried.index + 1, banks, tried.ledger)
             later = {save: attempt for save, attempt in self._attempts.items() if save > committed[0]}
             self._attempts = {committed[0]: replace(tried, banks=banks)} | later
         if any(self._folder.needs_full(save) for save in self._attempts):
@@ -311,10 +358,17 @@ class Checkpointer:
                 committed_bytes=reply.num_bytes,
                 committed_seconds=reply.seconds,
                 oldest_expert_steps=reply.oldest_expert_steps,
+                figures=self._figures(job),
             )
             return
         reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
         self._fail(pending, reason, warn=self._rank == 0 or reply.outcome == "abandoned")
+
+    def _figures(self, job: SaveJob) -> Figures:
+        ledger = Ledger.of_json(job.ledger, {})
+        chosen = list((job.selection or {}).values()) or list(ledger.banks.values())
+        counts = [experts if isinstance(experts, int) else len(experts) for experts in chosen]
+        return self._turns.figures(ledger, max(counts, default=0))
 
     def _fail(self, pending: Pending, reason: str, warn: bool) -> None:
         pending.reason = reason

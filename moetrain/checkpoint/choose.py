@@ -10,6 +10,8 @@ import numpy as np
 from crc32c import crc32c
 
 from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.modes import is_derived
 from moetrain.store.encode import ArrayReader, bytes_of
 from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
@@ -138,15 +140,21 @@ def repair(
 
 def take_group(manifest: Manifest, source: Manifest, group: Group, bad: dict[str, str]) -> Manifest | None:
     """`manifest` with all tensors of one expert as `source` has them; None when they are not all there, alike and good."""
-    tensors = {}
-    for key, tensor in manifest.tensors.items():
-        if tensor.group != group:
-            continue
-        old = source.tensors.get(key)
-        if old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype) or any(piece.object in bad for piece in old.pieces):
+    mine, others = ({key: tensor for key, tensor in point.tensors.items() if tensor.group == group} for point in (manifest, source))
+    for key, tensor in mine.items():
+        if not is_derived(tensor) and (key not in others or (others[key].shape, others[key].dtype) != (tensor.shape, tensor.dtype)):
             return None
-        tensors[key] = old
-    tensors = manifest.tensors | tensors
+    if any(piece.object in bad for tensor in others.values() for piece in tensor.pieces):
+        return None
+    tensors = {key: tensor for key, tensor in manifest.tensors.items() if key not in mine} | others
     needed = {piece.object for tensor in tensors.values() for piece in tensor.pieces}
     objects = {name: record for name, record in (source.objects | manifest.objects).items() if name in needed}
-    return replace(manifest, tensors=tensors, objects=objects)
+    return replace(manifest, tensors=tensors, objects=objects, ledger=_ledger(manifest, source, group))
+
+
+def _ledger(manifest: Manifest, source: Manifest, group: Group) -> dict:
+    """What the older expert does not know becomes unsaved, and is lost by the recovery."""
+    if not (manifest.ledger and source.ledger):
+        return manifest.ledger
+    banks = manifest.banks()
+    return Ledger.of_json(manifest.ledger, banks).with_expert(group, Ledger.of_json(source.ledger, banks)).to_json()

@@ -8,9 +8,9 @@ import torch
 
 from moetrain.checkpoint.arena import Arena
 from moetrain.checkpoint.plan import ObjectPlan, Part
-from moetrain.model.state import ModelState
+from moetrain.model.state import Fragment, ModelState
 from moetrain.store.encode import stored_dtype
-from moetrain.store.manifest import Piece, Tensor
+from moetrain.store.manifest import WEIGHT16, Piece, Tensor
 
 
 class Ready:
@@ -34,33 +34,47 @@ class Ready:
         stream.synchronize()
 
 
+def shown(state: ModelState, mode: str) -> ModelState:
+    """What a checkpoint of this mode may hold: with `weights16` also every expert's master as bfloat16, converted while it is copied."""
+    if mode != "weights16":
+        return state
+    return state + [replace(fragment, component=WEIGHT16) for fragment in state if fragment.bank and fragment.component == "master"]
+
+
 def parts_of(state: ModelState) -> list[Part]:
     """The fragments without their data, in the same order."""
     parts = []
-    for fragment in state:
+    for number, fragment in enumerate(state):
         piece = Piece(tuple(fragment.box.offset), tuple(fragment.box.shape), object="")
-        dtype = str(fragment.data.dtype).removeprefix("torch.")
+        dtype = "bfloat16" if fragment.component == WEIGHT16 else str(fragment.data.dtype).removeprefix("torch.")
         shape = tuple(fragment.logical_shape)
         tensor = Tensor(fragment.name, fragment.component, fragment.bank, fragment.expert, dtype, shape, (piece,))
-        parts.append(Part(tensor, tuple(fragment.holders)))
+        parts.append(Part(tensor, tuple(fragment.holders), number))
     return parts
 
 
 @torch.no_grad()
 def copy_fragments(state: ModelState, plans: list[ObjectPlan], arena: Arena, ready: Ready) -> list[ObjectPlan]:
-    """Copies the planned fragments; complete when it returns. The plans come back with the values of integer scalars."""
+    """Copies the planned parts of fragments; complete when it returns. The plans come back with the values of integer scalars."""
     filled = []
     with ready.stream():
         for plan in plans:
             tensors = []
             for number, tensor in zip(plan.parts, plan.tensors, strict=True):
-                data, (piece,) = state[number].data.detach(), tensor.pieces
+                data, (piece,) = cut(state[number], tensor), tensor.pieces
                 if Part(tensor, ()).is_value:
                     piece = replace(piece, value=int(data))
                 else:
                     offset = plan.offset + piece.start * stored_dtype(plan.dtype).itemsize
-                    target = torch.frombuffer(arena.memory, dtype=data.dtype, count=data.numel(), offset=offset)
+                    target = torch.frombuffer(arena.memory, dtype=getattr(torch, tensor.dtype), count=data.numel(), offset=offset)
                     target.view(data.shape).copy_(data)
                 tensors.append(replace(tensor, pieces=(piece,)))
             filled.append(replace(plan, tensors=tensors))
     return filled
+
+
+def cut(fragment: Fragment, tensor: Tensor) -> torch.Tensor:
+    """The rows of a fragment that the one piece of `tensor` names, a view."""
+    (piece,) = tensor.pieces
+    starts = [mine - whole for mine, whole in zip(piece.offset, fragment.box.offset, strict=True)]
+    return fragment.data.detach()[tuple(slice(start, start + size) for start, size in zip(starts, piece.shape, strict=True))]

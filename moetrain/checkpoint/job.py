@@ -1,7 +1,7 @@
 """What a rank tells its writer process, and what every writer tells the one of rank 0. JSON: nothing of ours is ever unpickled."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from moetrain.checkpoint.modes import Selection
 from moetrain.checkpoint.plan import ObjectPlan
@@ -26,6 +26,7 @@ class SaveJob:
     progress: dict
     keep: int
     timeout_seconds: float
+    ledger: dict = field(default_factory=dict)  # for the manifest
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), separators=(",", ":")).encode()

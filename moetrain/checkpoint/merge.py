@@ -20,12 +20,12 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
             raise CheckpointError(f"rank {receipt.rank} chose other experts than rank 0.")
     objects = {record.name: record for receipt in receipts for record in receipt.objects}
     new_bytes = sum(record.num_bytes for record in objects.values())
-    tensors = {}
-    for key, (tensor, pieces) in _collect(receipts).items():
-        if is_written(tensor, job.mode, job.selection):
-            tensors[key] = _written(tensor, pieces)
-        else:
-            tensors[key] = _inherited(tensor, parent, objects)
+    found = _collect(receipts)
+    now_written = {key for key, (tensor, _) in found.items() if is_written(tensor, job.mode, job.selection)}
+    tensors = {key: _written(*found[key]) for key in found if key in now_written}
+    for key, (tensor, _) in found.items():
+        if key not in now_written:
+            _inherit(tensor, parent, tensors, objects)
     return Manifest(
         save=job.save,
         parent=job.parent,
@@ -40,6 +40,7 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
         progress=job.progress,
         objects=objects,
         tensors=tensors,
+        ledger=job.ledger,
     )
 
 
@@ -61,13 +62,15 @@ def _written(tensor: Tensor, pieces: list[Piece]) -> Tensor:
     return Tensor(*fields, pieces=tuple(pieces))
 
 
-def _inherited(tensor: Tensor, parent: Manifest | None, objects: dict[str, ObjectRecord]) -> Tensor:
-    """The parent's version of a tensor; its objects join `objects`."""
+def _inherit(tensor: Tensor, parent: Manifest | None, tensors: dict[str, Tensor], objects: dict[str, ObjectRecord]) -> None:
+    """The parent's version of a tensor, and of a master its newer bfloat16 copy unless one was written now; their objects with them."""
     old = parent.tensors.get(tensor.key) if parent else None
     if parent is None or old is None or (old.shape, old.dtype) != (tensor.shape, tensor.dtype):
         raise CheckpointError(f"{tensor.key} is in no earlier checkpoint of this shape and type.")
-    objects |= {piece.object: parent.objects[piece.object] for piece in old.pieces}
-    return old
+    for version in (old, parent.newest_weights(old)):
+        if version.key not in tensors:
+            tensors[version.key] = version
+            objects |= {piece.object: parent.objects[piece.object] for piece in version.pieces}
 
 
 def count_layouts(receipts: Iterable[Receipt]) -> int:

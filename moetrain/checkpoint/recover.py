@@ -202,7 +202,7 @@ def _fill(choice: Choice, state: ModelState, io: Io) -> dict[str, str]:
     """Object name -> damage of what could not be read; the fragments of the others are filled."""
     reads: dict[str, list[tuple[Piece, str, Fragment]]] = defaultdict(list)
     for fragment in state:
-        tensor = _tensor_of(choice.manifest, fragment)
+        tensor = choice.manifest.newest_weights(_tensor_of(choice.manifest, fragment))
         for piece in tensor.pieces:
             if overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape) is None:
                 continue
@@ -231,7 +231,10 @@ def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:
 
 
 def whole_tensors(choice: Choice, component: str = "master", io: Io | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter, one at a time; the experts of a bank stacked as [E, ...]. For export and evaluation."""
+    """(name, tensor) of every parameter, one at a time; the experts of a bank stacked as [E, ...]. For export and evaluation.
+
+    Weights are the newest there are, of the master's type.
+    """
     io = io or Io()
     by_name: dict[str, list[Tensor]] = defaultdict(list)
     for tensor in choice.manifest.tensors.values():
@@ -239,7 +242,7 @@ def whole_tensors(choice: Choice, component: str = "master", io: Io | None = Non
             by_name[tensor.name].append(tensor)
     for name, tensors in by_name.items():
         tensors.sort(key=lambda tensor: tensor.expert or 0)
-        whole = [_whole(choice, tensor, io) for tensor in tensors]
+        whole = [_whole(choice, choice.manifest.newest_weights(tensor), io).to(getattr(torch, tensor.dtype)) for tensor in tensors]
         yield name, whole[0] if tensors[0].expert is None else torch.stack(whole)
 
 

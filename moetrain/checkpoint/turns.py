@@ -6,9 +6,10 @@ from math import floor
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import Selection
+from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.plt import plt_if_fault, plt_of_moments, plt_of_weights, share
 from moetrain.checkpoint.select import RULES, Waiting, balanced, first_expert, first_of
-from moetrain.store.manifest import Group
+from moetrain.store.manifest import WEIGHT16, Group
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Homes:
 
     of: dict[Group, tuple[int, ...]]
     spread: float = 0.0
+
+
+def homes_of(holdings: list[Holding]) -> Homes:
+    """From what all ranks hold."""
+    everyone = {rank for holding in holdings for rank in holding.holders}
+    experts = [holding for holding in holdings if holding.group is not None and holding.component != WEIGHT16]
+    spread = sum(holding.num_bytes for holding in holdings if holding.group is None and set(holding.holders) == everyone)
+    homes = {holding.group: holding.holders for holding in experts if holding.group is not None}
+    each = sum(holding.num_bytes for holding in experts) / (len(homes) or 1)
+    return Homes(homes, spread / each if each else 0.0)
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def prepare(folder: Path, save: SaveId, version: int, arena: memoryview) -> Save
     selection = None if newest is None else rotation(version, {BANK: 3}, 1)
     all_parts = parts()
     mine = [number for number, part in enumerate(all_parts) if is_written(part.tensor, "experts", selection)]
-    plans, _ = lay_out(all_parts, mine)
+    plans, _ = lay_out([all_parts[number] for number in mine])
     for plan in plans:
         np.frombuffer(arena, np.float32, plan.size, plan.offset)[:] = version
     held = [replace(part.tensor, pieces=()) for number, part in enumerate(all_parts) if number not in mine]

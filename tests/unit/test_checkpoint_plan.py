@@ -15,7 +15,7 @@ from moetrain.checkpoint.copying import parts_of
 from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.modes import is_written
-from moetrain.checkpoint.plan import ALIGNMENT, Part, lay_out, my_parts
+from moetrain.checkpoint.plan import ALIGNMENT, Part, holdings_of, lay_out, merged, my_parts
 from moetrain.checkpoint.select import rotation
 from moetrain.store.boxes import overlap, tiles
 from moetrain.store.encode import stored_dtype
@@ -63,22 +63,21 @@ def test_modes_say_which_components_are_written():
 @given(world_ep=st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 3), (4, 2), (6, 3), (8, 4)]), sharded=st.booleans())
 def test_every_value_is_written_by_exactly_one_of_its_holders(world_ep, sharded):
     world, ep = world_ep
-    writers: dict[tuple, list[int]] = {}
-    for rank in range(world):
-        parts = parts_of(state_of(rank, world, ep, 1, sharded))
-        mine = set(my_parts(parts, rank))
-        for number, part in enumerate(parts):
-            where = writers.setdefault((part.tensor.key, part.tensor.pieces[0].offset), [])
-            if number in mine:
+    held = [parts_of(state_of(rank, world, ep, 1, sharded)) for rank in range(world)]
+    for known in (None, merged(holdings_of(parts) for parts in held)):
+        boxes: dict[str, list] = {part.tensor.key: [] for parts in held for part in parts}
+        shapes = {part.tensor.key: part.tensor.shape for parts in held for part in parts}
+        for rank, parts in enumerate(held):
+            for part in my_parts(parts, rank, holdings=known):
                 assert rank in part.holders
-                where.append(rank)
-    assert all(len(ranks) == 1 for ranks in writers.values())
+                boxes[part.tensor.key] += [(piece.offset, piece.shape) for piece in part.tensor.pieces]
+        assert all(tiles(boxes[key], shapes[key]) for key in boxes)
 
 
 @given(sizes=st.lists(st.integers(1, 5000), min_size=1, max_size=60), world=st.integers(1, 8))
 def test_replicated_bytes_are_balanced_up_to_one_tensor(sizes, world):
     parts = [dense_part(f"w{i}", size, tuple(range(world))) for i, size in enumerate(sizes)]
-    loads = [sum(parts[n].num_bytes for n in my_parts(parts, rank)) for rank in range(world)]
+    loads = [sum(part.num_bytes for part in my_parts(parts, rank)) for rank in range(world)]
     assert sum(loads) == sum(part.num_bytes for part in parts)
     assert max(loads) - min(loads) <= max(part.num_bytes for part in parts)
 
@@ -90,7 +89,7 @@ def dense_part(name: str, size: int, holders: tuple[int, ...], dtype: str = "flo
 def test_an_expert_has_one_writer_and_one_object():
     parts = parts_of(state_of(0, 4, 2, 1))
     for rank in (0, 2):
-        objects, _ = lay_out(parts, my_parts(parts, rank))
+        objects, _ = lay_out(my_parts(parts, rank))
         for plan in objects:
             if not plan.label.startswith("dense"):
                 assert len({tensor.group for tensor in plan.tensors}) == 1
@@ -107,8 +106,8 @@ def test_arena_ranges_are_aligned_apart_and_inside(made):
     parts = []
     for i, (size, dtype, scalar) in enumerate(made):
         shape = () if scalar else (size,)
-        parts.append(Part(Tensor(f"w{i}", "master", None, None, dtype, shape, (Piece((0,) * len(shape), shape, ""),)), (0,)))
-    objects, num_bytes = lay_out(parts, list(range(len(parts))))
+        parts.append(Part(Tensor(f"w{i}", "master", None, None, dtype, shape, (Piece((0,) * len(shape), shape, ""),)), (0,), i))
+    objects, num_bytes = lay_out(parts)
     assert sorted(number for plan in objects for number in plan.parts) == list(range(len(parts)))
     end = 0
     for plan in objects:
