@@ -1,68 +1,149 @@
-"""`moetrain checkpoint list|show|verify RUN`: looks into a checkpoint folder. Runs without torch."""
+"""`moetrain checkpoint VERB RUN`: looks into a checkpoint folder and keeps it in order. Only `convert` needs torch."""
 
 import argparse
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.choose import check, check_object, remembered
+from moetrain.checkpoint.diff import Difference
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
-from moetrain.store.manifest import Manifest
+from moetrain.store.manifest import Group, Manifest
 from moetrain.store.objects import CheckpointFolder, resolve
+
+Run = Callable[[argparse.Namespace], int]
+POINT = "a number as `list` shows them under seq, or the name of a pin"
+TAKE_OVER = "do it although a job may be writing there: such a job cannot commit any more and stops"
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Registers `checkpoint` with its verbs; each sets `run`, a function of the parsed arguments that returns the exit status."""
-    parser = subparsers.add_parser("checkpoint", help="list, show or verify the checkpoints of a run")
+    parser = subparsers.add_parser(
+        "checkpoint", help="look at the checkpoints of a run, keep, remove and convert them",
+        description="A run's checkpoint folder holds recovery points: states that training can resume from. Each was written only in part, "
+        "some experts of every layer in turn; what it did not write it takes over from older ones.",
+    )  # fmt: skip
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    for verb, function, help in (
-        ("list", list_points, "one line for each recovery point, newest first"),
-        ("show", show, "one recovery point: progress, age and Adam step of every expert"),
-        ("verify", verify, "read every object of every recovery point; exit status 1 when one is damaged"),
-    ):
-        sub = verbs.add_parser(verb, help=help, description=f"moetrain checkpoint {verb}: {help}.")
-        sub.add_argument("folder", metavar="RUN", type=Path, help="run folder, or the checkpoint folder in it")
-        if function is show:
-            sub.add_argument("--seq", type=int, help="which recovery point (default: the newest)")
-        sub.set_defaults(run=function)
+    _add(verbs, "list", list_points, "one line for each recovery point, newest first")
+    sub = _add(verbs, "show", show, "one recovery point: progress, age and Adam step of every expert")
+    sub.add_argument("--seq", metavar="POINT", help=f"which recovery point (default: the newest): {POINT}")
+    sub.add_argument("--png", metavar="FILE", type=Path, help="also draw the ages, layers by experts, into this file")
+    _add(verbs, "verify", verify, "read every object of every recovery point; exit status 1 when one is damaged")
+    sub = _add(verbs, "diff", diff, "what changed from one recovery point to another: objects, experts, ages, tokens")
+    sub.add_argument("a", metavar="A", help=f"the older one: {POINT}")
+    sub.add_argument("b", metavar="B", help=f"the newer one: {POINT}")
+    sub = _add(verbs, "pin", pin, "keep a recovery point, whatever checkpoint.keep says, until it is unpinned")
+    sub.add_argument("name", metavar="NAME", help="a name for it: letters, digits, dots, hyphens, underscores")
+    sub.add_argument("--seq", metavar="POINT", help=f"which recovery point (default: the newest): {POINT}")
+    sub = _add(verbs, "unpin", unpin, "take a pin away; the next sweep may remove the recovery point")
+    sub.add_argument("name", metavar="NAME", help="the name of the pin")
+    sub = _add(verbs, "prune", prune, "remove all but the newest recovery points and the pinned ones, and what only those needed")
+    sub.add_argument("--keep", metavar="N", type=int, required=True, help="how many of the newest stay, 1 or more")
+    sub.add_argument("--take-over", action="store_true", help=TAKE_OVER)
+    _add_convert(verbs)
+
+
+def _add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", verb: str, run: Run, help: str) -> argparse.ArgumentParser:
+    sub = verbs.add_parser(verb, help=help, description=f"moetrain checkpoint {verb}: {help}.")
+    sub.add_argument("folder", metavar="RUN", type=Path, help="run folder, or the checkpoint folder in it")
+    sub.set_defaults(run=run)
+    return sub
+
+
+def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    sub = verbs.add_parser(
+        "convert", help="write recovery points for torch.distributed.checkpoint (DCP), or read one of its checkpoints",
+        description="moetrain checkpoint convert RUN --to dcp --out TREE publishes every recovery point as a folder TREE/step-N that the "
+        "stock DCP reader loads and reshards. Each holds what its save wrote and refers to older ones for the rest; the same command again "
+        "adds what is new. With --seq it is one recovery point, complete in itself. moetrain checkpoint convert DCP --from dcp --out RUN "
+        "makes a recovery point of a DCP checkpoint with the same names. DCP's metadata is a pickle: read only what you trust.",
+    )  # fmt: skip
+    sub.add_argument("source", metavar="RUN|DCP", type=Path, help="run folder (--to) or folder of one DCP checkpoint (--from)")
+    way = sub.add_mutually_exclusive_group(required=True)
+    way.add_argument("--to", choices=["dcp"], help="from our format to this one")
+    way.add_argument("--from", dest="source_format", choices=["dcp"], help="from this format to ours")
+    sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="tree, or new folder with --seq (--to); run folder (--from)")
+    sub.add_argument("--seq", metavar="POINT", help=f"with --to, only this recovery point: {POINT}")
+    sub.add_argument("--take-over", action="store_true", help=f"with --from, {TAKE_OVER}")
+    sub.set_defaults(run=convert)
 
 
 def list_points(arguments: argparse.Namespace) -> int:
-    folder = CheckpointFolder(resolve(arguments.folder), Io())
-    rows = [["seq", "step", "kind", "new", "total", "oldest expert", "saved"]]
+    folder = _open(arguments.folder)
+    pinned: dict[int, list[str]] = {}
+    for name, save in folder.pins().items():
+        pinned.setdefault(save.seq, []).append(name)
+    rows = [["seq", "step", "kind", "new", "total", "oldest expert", "saved", "pins"]]
     damaged = []
     for point in folder.history():
         if isinstance(point, CheckpointError):
             damaged.append(point.message)
             continue
         oldest = max(point.ages().values(), default=0)
-        age = f"{duration(time.time() - point.time)} ago"
-        kind = "full" if point.full else "partial"
-        rows.append([str(point.seq), str(point.step), kind, size(point.new_bytes), size(point.total_bytes), f"{oldest} steps", age])
+        age, pins = f"{duration(time.time() - point.time)} ago", " ".join(pinned.get(point.seq, []))
+        rows.append(
+            [str(point.seq), str(point.step), _kind(point), size(point.new_bytes), size(point.total_bytes), f"{oldest} steps", age, pins]
+        )
+    if not pinned:
+        rows = [row[:-1] for row in rows]
     print("\n".join([*columns(rows), *damaged]))
     return 1 if damaged else 0
 
 
 def show(arguments: argparse.Namespace) -> int:
-    folder = CheckpointFolder(resolve(arguments.folder), Io())
-    point = _find(folder, arguments.seq)
+    point = _find(_open(arguments.folder), arguments.seq)
     parent = f", parent {point.parent.seq}" if point.parent and not point.full else ""
-    kind = "full" if point.full else "partial"
-    print(f"seq {point.seq} (epoch {point.save.epoch}{parent}), step {point.step}, {kind}, mode {point.mode}")
+    print(f"seq {point.seq} (epoch {point.save.epoch}{parent}), step {point.step}, {_kind(point)}, mode {point.mode}")
     print(f"saved {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(point.time))} by {point.world} ranks, ep {point.ep}")
     print(f"{size(point.new_bytes)} new, {size(point.total_bytes)} in {len(point.objects)} objects, {len(point.tensors)} tensors")
     masters = [tensor for tensor in point.tensors.values() if tensor.component == "master"]
     print(f"{sum(tensor.num_values for tensor in masters):,} parameters and buffers")
     print("progress: " + ", ".join(f"{name} {value}" for name, value in point.progress.items()))
-    for title, values in (("age of every expert in steps", point.ages()), ("Adam step of every expert", point.adam_steps())):
+    for title, values in (*_ages(point).items(), ("Adam step of every expert", point.adam_steps())):
         if values:
             print("\n".join([f"\n{title}", *expert_table(values)]))
+    if arguments.png is not None:
+        draw(point, arguments.png)
+        print(f"\n{arguments.png}")
     return 0
 
 
+def _ages(point: Manifest) -> dict[str, dict[Group, int]]:
+    """Ages by what they are of: weights apart where they are fresher than the rest."""
+    ages, weights = point.ages(), point.weight_ages()
+    if ages == weights:
+        return {"age of every expert in steps": ages}
+    return {"age of every expert's weights in steps": weights, "age of every expert's moments in steps": ages}
+
+
+def draw(point: Manifest, file: Path) -> None:
+    """The ages of every expert as a map, layers by experts. Raises CheckpointError when there are no experts or the file cannot be."""
+    import numpy as np
+
+    from moetrain.telemetry.plots import expert_ages
+
+    banks = point.banks()
+    if not banks:
+        raise CheckpointError(f"seq {point.seq} has no experts to draw.")
+    maps = {}
+    for title, values in _ages(point).items():
+        ages_LE = np.full((len(banks), max(banks.values())), np.nan)
+        for (bank, expert), age in values.items():
+            ages_LE[list(banks).index(bank), expert] = age
+        maps[title] = ages_LE
+    try:
+        expert_ages(f"seq {point.seq}, step {point.step}, {_kind(point)}, mode {point.mode}", tuple(banks), maps).savefig(file, dpi=130)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file} cannot be drawn: {error}.", "Give --png a file name such as ages.png in a folder that exists."
+        ) from error
+
+
 def verify(arguments: argparse.Namespace) -> int:
-    folder = CheckpointFolder(resolve(arguments.folder), Io())
+    folder = _open(arguments.folder)
     look = remembered(check_object)
     failed = False
     for save in folder.saves():
@@ -80,8 +161,108 @@ def verify(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _find(folder: CheckpointFolder, seq: int | None) -> Manifest:
-    points = [point for point in folder.history() if isinstance(point, Manifest) and seq in (None, point.seq)]
-    if not points:
-        raise CheckpointError(f"There is no good recovery point{f' {seq}' if seq is not None else ''} in {folder.path}.")
-    return points[0]
+def diff(arguments: argparse.Namespace) -> int:
+    folder = _open(arguments.folder)
+    print("\n".join(Difference.between(_find(folder, arguments.a), _find(folder, arguments.b)).lines()))
+    return 0
+
+
+def pin(arguments: argparse.Namespace) -> int:
+    folder = _open(arguments.folder)
+    point = _find(folder, arguments.seq)
+    folder.pin(arguments.name, point.save)
+    print(f"{arguments.name} keeps seq {point.seq} (step {point.step}), {size(point.total_bytes)}.")
+    return 0
+
+
+def unpin(arguments: argparse.Namespace) -> int:
+    _open(arguments.folder).unpin(arguments.name)
+    print(f"{arguments.name} is unpinned; a sweep removes what nothing else keeps.")
+    return 0
+
+
+def prune(arguments: argparse.Namespace) -> int:
+    if arguments.keep < 1:
+        raise CheckpointError(
+            f"--keep {arguments.keep} is not possible: at least 1 recovery point stays.", "Remove the folder to be rid of all."
+        )
+    folder = _open(arguments.folder)
+    before = folder.saves()
+    folder.prune(arguments.keep, arguments.take_over or _is_done(folder))
+    gone = [save for save in before if save not in folder.saves()]
+    print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
+    return 0
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    if arguments.to:
+        return to_dcp(arguments.source, arguments.out, arguments.seq)
+    if arguments.seq is not None:
+        raise CheckpointError("--seq goes with --to.", "A DCP folder holds one checkpoint; name that folder.")
+    return from_dcp(arguments.source, arguments.out, arguments.take_over)
+
+
+def to_dcp(run: Path, out: Path, seq: str | None) -> int:
+    """Publishes what is not in the tree yet, oldest first; with `seq` one recovery point. Exit status 1 when one cannot be read."""
+    from moetrain.checkpoint.dcp import Tree, write_whole
+
+    folder = _open(run)
+    if seq is not None:
+        point = _find(folder, seq)
+        write_whole(folder, point, out)
+        print(f"{out}: step {point.step}, {size(point.total_bytes)}")
+        return 0
+    tree, failed, steps = Tree(out), False, set[int]()
+    newest_first = [point for point in folder.history() if isinstance(point, Manifest)]
+    newest_of_step = [point for point in newest_first if not (point.step in steps or steps.add(point.step))]
+    for point in reversed(newest_of_step):
+        if tree.has(point):
+            continue
+        try:
+            print(f"{tree.add(folder, point)}: seq {point.seq}, {size(point.new_bytes)} of {size(point.total_bytes)} were new")
+        except CheckpointError as error:
+            print(f"seq {point.seq} is not published: {error}")
+            failed = True
+    return 1 if failed else 0
+
+
+def from_dcp(source: Path, run: Path, take_over: bool) -> int:
+    """Commits a DCP checkpoint as the newest recovery point of a run folder, made if need be."""
+    from moetrain.checkpoint.dcp_import import DcpFolder, read_into
+
+    try:
+        folder = _open(run)
+    except CheckpointError:
+        folder = CheckpointFolder(run / "checkpoint", Io())
+    checkpoint = DcpFolder(source)
+    if not (take_over or _is_done(folder)):
+        folder.check_free()
+    point = read_into(folder, checkpoint, SystemClock())
+    print(f"{folder.path}: seq {point.seq}, step {point.step}, {size(point.total_bytes)}")
+    return 0
+
+
+def _open(path: Path) -> CheckpointFolder:
+    return CheckpointFolder(resolve(path), Io())
+
+
+def _is_done(folder: CheckpointFolder) -> bool:
+    """The run reached its last step: nobody writes."""
+    return (folder.path.parent / "DONE").exists()
+
+
+def _kind(point: Manifest) -> str:
+    return "full" if point.full else "partial"
+
+
+def _find(folder: CheckpointFolder, which: str | None) -> Manifest:
+    """The recovery point of a number or pin; the newest good one for None."""
+    pins = folder.pins()
+    if which is not None and not which.isdigit() and which not in pins:
+        hint = f"Pins: {', '.join(pins) or 'none'}; `moetrain checkpoint list` shows the numbers."
+        raise CheckpointError(f"{which} is neither the number of a recovery point nor a pin.", hint)
+    points = (point for point in folder.history() if isinstance(point, Manifest))
+    for point in points:
+        if which is None or point.save == pins.get(which) or str(point.seq) == which:
+            return point
+    raise CheckpointError(f"There is no good recovery point{f' {which}' if which is not None else ''} in {folder.path}.")

@@ -1,11 +1,13 @@
 """Tables for people: layers by experts, and recovery points. No torch."""
 
+from collections.abc import Mapping
+
 from moetrain.store.manifest import Group
 
 
-def expert_table(values: dict[Group, int]) -> list[str]:
+def expert_table(values: Mapping[Group, object]) -> list[str]:
     """One line for each bank with the value of every expert; the first line numbers the experts."""
-    banks: dict[str, dict[int, int]] = {}
+    banks: dict[str, dict[int, object]] = {}
     for (bank, expert), value in values.items():
         banks.setdefault(bank, {})[expert] = value
     experts = range(1 + max((expert for row in banks.values() for expert in row), default=-1))

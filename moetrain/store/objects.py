@@ -224,10 +224,15 @@ class CheckpointFolder:
 
         Raises CheckpointError, unless `take_over`, when such a job is alive or may be.
         """
-        owner = self._owner()
-        if owner is not None and not take_over:
-            raise CheckpointError(f"{owner} may be writing to {self.path}.", "Wait for its end: it prunes by checkpoint.keep itself.")
+        if not take_over:
+            self.check_free()
         Sweep(self, self.path, self.io, self.claim(time.time())).run(keep)
+
+    def check_free(self) -> None:
+        """For a command that will claim the folder. Raises CheckpointError when a job that writes here is alive or may be."""
+        if (owner := self._owner()) is not None:
+            hint = "Wait for its end, or add --take-over: if it is alive, it can then commit no more and stops."
+            raise CheckpointError(f"{owner} may be writing to {self.path}.", hint)
 
     def _owner(self) -> str | None:
         """The job that has the newest claim, unless it is known to have ended."""

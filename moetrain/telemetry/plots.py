@@ -120,11 +120,35 @@ def checkpoints(runs: list[RunData]) -> Figure:
     _finish([age, written], runs)
     for column, (run, (step, ages_LE)) in enumerate(restored):
         axes = figure.add_subplot(grid[2, column])
-        image = axes.imshow(ages_LE, aspect="auto", cmap="YlOrRd", vmin=0, vmax=max(float(ages_LE.max()), 1.0), interpolation="nearest")
-        _label_matrix(axes, [f"layer {layer}" for layer in range(len(ages_LE))])
+        _draw_ages(axes, ages_LE, [f"layer {layer}" for layer in range(len(ages_LE))])
         axes.set_title(f"{run.name}: age of every expert restored at step {step}", fontsize=10)
-        figure.colorbar(image, ax=axes, label="steps")
     return figure
+
+
+def expert_ages(title: str, banks: tuple[str, ...], ages: dict[str, np.ndarray]) -> Figure:
+    """Layer x expert maps of one recovery point below each other: what the ages are of, and the ages [L, E] in steps (nan: none)."""
+    num_layers, num_experts = next(iter(ages.values())).shape
+    height = min(1.3 + 0.26 * num_layers, 12)
+    figure = Figure(figsize=(min(5 + 0.16 * num_experts, 15), 0.6 + height * len(ages)), layout="constrained")
+    figure.suptitle(title, fontsize=12, fontweight="bold")
+    top = max(float(np.nanmax(ages_LE)) for ages_LE in ages.values())
+    for axes, (what, ages_LE) in zip(figure.subplots(len(ages), 1, squeeze=False)[:, 0], ages.items(), strict=True):
+        _draw_ages(axes, ages_LE, layer_labels(banks), top)
+        axes.set_title(what, fontsize=10)
+    return figure
+
+
+def _draw_ages(axes: Axes, ages_LE: np.ndarray, rows: list[str], top: float = 0.0) -> None:
+    """Pale is new, red is old; `top`: the age at the end of the scale. Small maps carry their numbers."""
+    top = max(top, float(np.nanmax(ages_LE)), 1.0)
+    image = axes.imshow(ages_LE, aspect="auto", cmap="YlOrRd", vmin=0, vmax=top, interpolation="nearest")
+    _label_matrix(axes, rows)
+    axes.figure.colorbar(image, ax=axes, label="steps")
+    if ages_LE.size <= 256:
+        for (layer, expert), age in np.ndenumerate(ages_LE):
+            if math.isfinite(age):
+                color = "white" if age > 0.6 * top else "black"
+                axes.text(expert, layer, f"{age:.0f}", ha="center", va="center", fontsize=7, color=color)
 
 
 def heat_map(snapshot: Snapshot) -> Figure:

@@ -1,5 +1,6 @@
-"""`moetrain checkpoint list|show|verify` in an interpreter that refuses torch."""
+"""`moetrain checkpoint VERB` in an interpreter that refuses torch, except where it converts."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.checkpoint.table import columns, duration, expert_table, size
+from moetrain.cli import main
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest
 from moetrain.store.objects import CheckpointFolder
@@ -38,6 +40,22 @@ def moetrain_checkpoint(*arguments: object) -> tuple[int, str]:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert not done.stderr
     return done.returncode, done.stdout
+
+
+def moetrain(*arguments: object) -> int:
+    return main(["checkpoint", *map(str, arguments)])
+
+
+@pytest.fixture
+def said(capsys):
+    """Runs a command in this process: exit status and what it said."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        status = moetrain(*arguments)
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return run
 
 
 @pytest.fixture
@@ -93,6 +111,125 @@ def test_verify_reads_everything_and_names_what_is_damaged(run_folder):
     assert status == 1
     assert "seq 3: DAMAGED" in text
     assert moetrain_checkpoint("list", run_folder)[0] == 1
+
+
+def test_show_draws_the_ages_as_a_map(run_folder, tmp_path):
+    status, text = moetrain_checkpoint("show", run_folder, "--png", tmp_path / "ages.png")
+    assert status == 0
+    assert text.splitlines()[-1] == str(tmp_path / "ages.png")
+    assert (tmp_path / "ages.png").read_bytes().startswith(b"\x89PNG")
+    status, text = moetrain_checkpoint("show", run_folder, "--png", tmp_path / "none" / "ages.png")
+    assert (status, "cannot be drawn" in text) == (2, True)
+
+
+def test_diff_says_what_was_written_anew(run_folder, said):
+    first, _, third = points(run_folder)[::-1]
+    status, text = said("diff", run_folder, 1, 3)
+    assert status == 0
+    lines = text.splitlines()
+    assert lines[0].startswith("from seq 1 (step 10, full) to seq 3 (step 30, partial): +20 steps")
+    assert "progress samples: 80 -> 240" in lines
+    kept = first.objects.keys() & third.objects.keys()
+    cells = {line.rsplit(maxsplit=3)[0].strip(): line.split()[-3:] for line in lines if line.startswith(("in both", "only in"))}
+    assert cells["in both"][0] == str(len(kept))
+    assert cells["only in seq 3"][0] == str(len(third.objects) - len(kept))
+    table = lines.index(next(line for line in lines if line.startswith("experts written anew")))
+    for bank, line in zip(BANKS, lines[table + 2 :], strict=False):
+        marks = ["." if third.ages()[bank, expert] == 20 else "wm" for expert in range(4)]
+        assert line.split() == [bank, *marks]
+    assert "0>20" in text and "0>0" in text
+    status, text = said("diff", run_folder, 2, 2)
+    assert "+0 steps" in text and "wm" not in text
+
+
+def test_a_recovery_point_is_named_by_number_or_pin(run_folder, said):
+    assert said("pin", run_folder, "best", "--seq", 2) == (
+        0,
+        f"best keeps seq 2 (step 20), {size(points(run_folder)[1].total_bytes)}.\n",
+    )
+    assert "seq 2 " in said("show", run_folder, "--seq", "best")[1].splitlines()[0]
+    _, text = said("list", run_folder)
+    assert [line.split()[0] for line in text.splitlines() if line.endswith("best")] == ["2"]
+    assert said("show", run_folder, "--seq", "worst") == (
+        2, "worst is neither the number of a recovery point nor a pin. Pins: best; `moetrain checkpoint list` shows the numbers.\n"
+    )  # fmt: skip
+    assert said("show", run_folder, "--seq", 9)[1].startswith("There is no good recovery point 9 in")
+    assert said("unpin", run_folder, "best")[0] == 0
+    assert said("unpin", run_folder, "best")[0] == 2
+
+
+def test_prune_keeps_the_newest_and_the_pinned(run_folder, said):
+    said("pin", run_folder, "first", "--seq", 1)
+    (run_folder / "DONE").touch()
+    assert said("prune", run_folder, "--keep", 1) == (0, "1 recovery points removed, 2 kept.\n")
+    assert [point.seq for point in points(run_folder)] == [3, 1]
+    assert said("verify", run_folder)[0] == 0
+    assert said("prune", run_folder, "--keep", 0)[0] == 2
+
+
+def test_prune_leaves_a_folder_alone_that_a_living_job_claims(run_folder):
+    """The job is this process, which claimed it in the fixture."""
+    status, text = moetrain_checkpoint("prune", run_folder, "--keep", 1)
+    assert (status, len(points(run_folder))) == (2, 3)
+    assert text.startswith(f"Process {os.getpid()} on ") and "may be writing to" in text
+    assert moetrain_checkpoint("diff", run_folder, 1, 3)[0] == 0
+    assert moetrain_checkpoint("pin", run_folder, "newest")[0] == 0
+    assert moetrain_checkpoint("prune", run_folder, "--keep", 1, "--take-over")[0] == 0
+    assert len(points(run_folder)) == 1
+
+
+def test_convert_publishes_what_is_new_and_reads_back(run_folder, tmp_path, capsys):
+    job = Job(run_folder / "checkpoint", 2, 2, keep=10)
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == [str(tmp_path / "tree" / f"step-{step}") for step in (10, 20, 30)]
+    job.load("must")
+    job.save(40)
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == 0
+    assert capsys.readouterr().out.startswith(f"{tmp_path / 'tree' / 'step-40'}: seq ")
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "one", "--seq", 2) == 0
+    assert "step 20" in capsys.readouterr().out
+    assert moetrain("convert", tmp_path / "tree" / "step-40", "--from", "dcp", "--out", tmp_path / "fresh") == 0
+    assert "step 40" in capsys.readouterr().out
+    (back,), newest = points(tmp_path / "fresh"), points(run_folder)[0]
+    assert (back.step, back.ages()) == (40, newest.ages())
+
+
+def test_convert_into_a_run_asks_whether_its_job_is_alive(run_folder, tmp_path):
+    """The job is this process."""
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "one", "--seq", 2) == 0
+    command = [sys.executable, "-m", "moetrain.cli", "checkpoint", "convert", tmp_path / "one", "--from", "dcp", "--out", run_folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, len(points(run_folder))) == (2, 3)
+    assert "may be writing to" in done.stderr
+    done = subprocess.run([*command, "--take-over"], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0
+    assert points(run_folder)[0].step == 20
+
+
+def test_convert_passes_over_a_damaged_recovery_point(run_folder, tmp_path, capsys):
+    name = next(name for name, record in points(run_folder)[0].objects.items() if record.step == 30)
+    (run_folder / "checkpoint" / "objects" / name / "c.0").write_bytes(b"")
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == 1
+    assert "seq 3 is not published" in capsys.readouterr().out
+    assert (tmp_path / "tree" / "step-20" / ".metadata").exists()
+    assert not (tmp_path / "tree" / "step-30" / ".metadata").exists()
+
+
+def test_mistakes_of_convert_are_sentences(run_folder, tmp_path, capsys):
+    assert moetrain("convert", tmp_path, "--from", "dcp", "--out", run_folder) == 2
+    assert "no DCP checkpoint" in capsys.readouterr().err
+    assert moetrain("convert", run_folder, "--from", "dcp", "--out", tmp_path / "x", "--seq", 1) == 2
+    assert "--seq goes with --to" in capsys.readouterr().err
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", run_folder, "--seq", 1) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["list", "show", "verify", "diff", "pin", "unpin", "prune", "convert"])
+def test_every_verb_has_help(verb, capsys):
+    with pytest.raises(SystemExit):
+        moetrain(verb, "--help")
+    assert f"moetrain checkpoint {verb}" in capsys.readouterr().out
 
 
 def test_a_folder_without_checkpoint_is_one_sentence(tmp_path):
