@@ -1,18 +1,26 @@
-"""The only file of this room that imports megatron-core (seconds): writing .bin/.idx, and one epoch of a GPTDataset."""
+"""The only file of this room that imports megatron-core (a second): writing .bin/.idx, and one epoch of a GPTDataset."""
 
 import logging
+import sys
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import TypeVar
+from unittest import mock
 
 import numpy as np
+import torch
 from torch import Tensor
+
+F = TypeVar("F")
 
 
 def import_megatron() -> None:
-    """Takes seconds: ranks that will wait for each other import at the same time, before they do."""
-    with _quiet_import():
+    """Takes a second: ranks that will wait for each other import at the same time, before they do."""
+    with _light_import():
         import megatron.core.datasets.gpt_dataset  # noqa: F401
 
 
@@ -40,7 +48,7 @@ class Epoch:
     """
 
     def __init__(self, prefix: Path, index_folder: Path, seq_len: int, vocab_size: int, end_id: int, seed: int) -> None:
-        with _quiet_import():
+        with _light_import():
             from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
             from megatron.core.datasets.utils import Split
         config = GPTDatasetConfig(
@@ -79,12 +87,23 @@ class _Vocabulary:
 
 
 def _indexed_dataset() -> ModuleType:
-    with _quiet_import():
+    with _light_import():
         from megatron.core.datasets import indexed_dataset
     return indexed_dataset
 
 
-def _quiet_import() -> warnings.catch_warnings:
-    """Megatron warns on import about GPU packages that the data path does not use."""
+@contextmanager
+def _light_import() -> Iterator[None]:
+    """Megatron warns on import about GPU packages that the data path does not use, and decorates kernels that it does not use either with
+    torch.compile, whose own import takes five seconds and 200 MB a rank. A part of the program that wants them imports Megatron before."""
     logging.getLogger("megatron").setLevel(logging.ERROR)
-    return warnings.catch_warnings(action="ignore")
+    if "megatron.core" in sys.modules:
+        yield
+        return
+    with warnings.catch_warnings(action="ignore"), mock.patch.object(torch, "compile", _left_alone):
+        yield
+
+
+def _left_alone(function: F | None = None, **_: object) -> F | Callable[[F], F]:
+    """torch.compile that compiles nothing, with and without options."""
+    return function if function is not None else lambda function: function
