@@ -14,6 +14,7 @@ from moetrain.base.clock import SystemClock
 from moetrain.base.errors import ConfigError
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.recover import LoadReport, from_rank_zero
+from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.config import TrainConfig, batch_of, describe_horizon
 from moetrain.config.origin import origin, origin_run, remember_job, set_aside
 from moetrain.config.saved import require_same_run, write_config
@@ -80,7 +81,10 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         if at == "never":
             set_aside(folder)
         remember_job(folder, os.environ)
-    checkpoint = Checkpointer(folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather)
+    checkpoint = Checkpointer(
+        folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather,
+        turns=Turns(config.checkpoint, horizon(config, progress.total_steps)),
+    )  # fmt: skip
     report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)
     if world.is_main:
         (folder / DONE_FILE).unlink(missing_ok=True)  # a finished run that is lengthened goes on
@@ -100,15 +104,22 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     hooks = [
         *([EvaluateHook(config.train, evaluation.whole)] if evaluation.is_possible() else []),
         SampleHook(config.train),
-        SaveHook(config.checkpoint.every_steps),
+        SaveHook(config.checkpoint),
         ProfileHook(config.profile),
-        EventHook(None if report is None else report.age_rows()),
+        EventHook() if report is None else EventHook(report.age_rows(), report.weight_age_rows()),
     ]
     return Run(
         config=config, folder=folder, world=world, engine=engine, checkpoint=checkpoint, loader=loader, samples_per_step=samples_per_step,
         progress=progress, stop=stop, sinks=sinks, meter=meter, clock=clock, tokenizer=corpora[0].tokenizer(), evaluate=evaluation.part,
         records=LogHook(config.telemetry, config.model.banks()), hooks=hooks,
     )  # fmt: skip
+
+
+def horizon(config: TrainConfig, total_steps: int) -> Horizon:
+    """What the checkpoint policy must know of the whole run: its expert banks and what each of them will route."""
+    routing = config.model.routing
+    assignments = total_steps * config.train.global_batch_tokens * routing.top_k
+    return Horizon({bank: routing.num_experts for bank in config.model.banks()}, assignments)
 
 
 def content_of(corpora: list[Corpus], vocab_size: int) -> dict[str, str]:

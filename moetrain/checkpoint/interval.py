@@ -39,6 +39,10 @@ class Costs:
         mean = _mean(self.save_seconds, added) if self.step_seconds else self.save_seconds
         return replace(self, save_seconds=mean, persist_seconds=persist_seconds, added=0.0)
 
+    def after_failure(self) -> "Costs":
+        """The save that was under way was given up."""
+        return replace(self, added=0.0)
+
     def interval(self, mean_seconds_between_failures: float) -> int | None:
         """Steps between saves; None before a step and a save were measured. Never shorter than the persisting of one save takes."""
         if not self.step_seconds or not self.persist_seconds:

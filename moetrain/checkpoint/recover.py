@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -45,6 +45,7 @@ class LoadReport:
     remapped: list[str]
     damaged: list[str]
     is_converted: bool = False  # to another number type
+    weight_ages: dict[Group, int] = field(default_factory=dict)  # as `ages`, of the weights alone
 
     def lines(self) -> list[str]:
         """Sentences for the log, with the age of every expert group as a table of layers by experts."""
@@ -55,10 +56,17 @@ class LoadReport:
 
     def age_rows(self) -> list[list[int]]:
         """The ages as layers x experts."""
-        rows: dict[str, list[int]] = defaultdict(list)
-        for (bank, _), age in self.ages.items():
-            rows[bank].append(age)
-        return list(rows.values())
+        return _rows(self.ages)
+
+    def weight_age_rows(self) -> list[list[int]]:
+        return _rows(self.weight_ages)
+
+
+def _rows(ages: dict[Group, int]) -> list[list[int]]:
+    rows: dict[str, list[int]] = defaultdict(list)
+    for (bank, _), age in ages.items():
+        rows[bank].append(age)
+    return list(rows.values())
 
 
 def from_rank_zero(rank: int, agree: Agree, compute: Callable[[], str | None]) -> str | None:
@@ -179,7 +187,10 @@ def describe(choice: Choice, state: ModelState, world: int) -> LoadReport:
     types = {(_tensor_of(manifest, fragment).dtype, dtype_name(fragment.data)) for fragment in state}
     if casts := sorted(f"{saved} to {live}" for saved, live in types if saved != live):
         remapped.append(f"Values are converted from {', '.join(casts)}.")
-    return LoadReport(choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts))
+    return LoadReport(
+        choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts),
+        manifest.weight_ages(),
+    )  # fmt: skip
 
 
 def dtype_name(data: torch.Tensor) -> str:

@@ -12,6 +12,8 @@ import numpy as np
 
 from moetrain.base.log import logger
 from moetrain.checkpoint.checkpointer import Status
+from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.interval import Costs
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
 from moetrain.telemetry.experts import Snapshot, save_snapshot
@@ -117,28 +119,55 @@ class SampleHook:
 
 
 class SaveHook:
-    """A checkpoint every `every_steps` (0 = never; the loop itself saves the last step), and a record whenever its state changes."""
+    """A checkpoint every `every_steps` (0 = never; the loop itself saves the last step) or as often as measured costs advise, and a record
+    whenever its state changes.
 
-    def __init__(self, every_steps: int) -> None:
-        self.every = every_steps
+    What rank 0 measured decides for all: they hear of it at every save.
+    """
+
+    def __init__(self, config: CheckpointConfig) -> None:
+        self.config = config
+        self.mean_seconds = 3600 * config.mean_hours_between_failures
+        self.costs = Costs()
+        self._next: int | None = None  # the step of the next save, once the interval follows from costs
+        self._was_saving = False  # when the step began
         self._said = Status()
 
     def on_start(self, run: Run) -> None:
         self._said = run.checkpoint.status()  # what was committed before this start is no news
 
     def on_step(self, run: Run, result: StepResult) -> None:
-        if _is_due(run, self.every) and not run.progress.finished:
-            run.checkpoint.save(run.engine.state(), run.progress.as_dict())
+        self.costs = self.costs.after_step(result.seconds, self._was_saving)
         self._report(run)
+        is_due = _is_due(run, self.config.every_steps) if self._next is None else run.progress.step >= self._next
+        if is_due and not run.progress.finished:
+            self._save(run)
+            self._report(run)
+        self._was_saving = run.checkpoint.status().pending
 
     def on_finish(self, run: Run, reason: str) -> None:
         self._report(run)
 
+    def _save(self, run: Run) -> None:
+        expected_faults = 1.0
+        if self.config.interval == "auto" or self.config.plt_budget:
+            interval, step_seconds = run.world.agree([self.costs.interval(self.mean_seconds), self.costs.step_seconds])
+            if self.config.interval == "auto" and interval is not None:
+                self._next = run.progress.step + interval
+            expected_faults = (run.progress.total_steps - run.progress.step) * step_seconds / self.mean_seconds
+        run.checkpoint.save(run.engine.state(), run.progress.as_dict(), expected_faults=expected_faults)
+
     def _report(self, run: Run) -> None:
         status = run.checkpoint.status()
-        if run.world.is_main and status != self._said:
+        if status == self._said:
+            return
+        if status.committed_seq != self._said.committed_seq:
+            self.costs = self.costs.after_save(status.committed_seconds)
+        elif status.failures != self._said.failures:
+            self.costs = self.costs.after_failure()
+        if run.world.is_main:
             run.sinks.log(_at(run) | checkpoint_news(self._said, status))
-            self._said = status
+        self._said = status
 
 
 class ProfileHook:
@@ -170,19 +199,21 @@ class ProfileHook:
 class EventHook:
     """Says when a run starts, resumes, stops and is done.
 
-    `restored_ages` [layers, E]: steps by which each restored expert is older than the checkpoint; None for a fresh start.
+    `restored_ages` [layers, E]: steps by which each restored expert is older than the checkpoint, its weights by `restored_weight_ages`;
+    None for a fresh start.
     """
 
-    def __init__(self, restored_ages: list[list[int]] | None) -> None:
-        self.restored_ages = restored_ages
+    def __init__(self, restored_ages: list[list[int]] | None = None, restored_weight_ages: list[list[int]] | None = None) -> None:
+        self.restored_ages, self.restored_weight_ages = restored_ages, restored_weight_ages
 
     def on_start(self, run: Run) -> None:
         event: Record = {"event": "resume" if run.progress.step else "start"}
         if self.restored_ages is not None:
             event["checkpoint/expert_ages"] = json.dumps(self.restored_ages)
+            event["checkpoint/weight_ages"] = json.dumps(self.restored_weight_ages)
         status = run.checkpoint.status()
         if status.committed_seq is not None and status.committed_step is not None:
-            event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step}
+            event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step} | _lost(status)
         run.sinks.log(_at(run) | event)
 
     def on_step(self, run: Run, result: StepResult) -> None:
@@ -203,7 +234,14 @@ def checkpoint_news(before: Status, now: Status) -> Record:
             "checkpoint/seconds": now.committed_seconds,
             "checkpoint/oldest_expert_steps": now.oldest_expert_steps,
         }
+        if now.figures.experts_per_save:
+            facts = {"checkpoint/plt_if_fault": now.figures.if_fault, "checkpoint/experts_per_save": now.figures.experts_per_save}
+            record |= _lost(now) | facts
     return record
+
+
+def _lost(status: Status) -> Record:
+    return {"checkpoint/plt_weights": status.figures.weights, "checkpoint/plt_moments": status.figures.moments}
 
 
 def _is_due(run: Run, every: int) -> bool:

@@ -20,6 +20,7 @@ def train(run: Run) -> str:
     while not reason:
         result = _step(run, next(run.loader))
         run.progress.advance(result, run.samples_per_step)
+        run.checkpoint.count(result.load.tolist())
         run.records.on_step(run, result)
         reason = _reason_to_stop(run)
         if reason:
