@@ -59,7 +59,7 @@ class Backend(Protocol):
         """A folder and what is in it; an absent one is fine."""
         ...
 
-    def settle(self, folder: Path) -> None:
+    def settle(self, path: Path) -> None:
         """When it returns, what was removed from this folder stays removed, whatever happens."""
         ...
 

@@ -150,7 +150,7 @@ class ArrayReader:
         return result
 
     def read_checked(self, start: int, count: int, crc: int) -> np.ndarray:
-        """As `read`, checked by the CRC32C of just these values, which the caller knows from elsewhere. One pass, no copy, no other byte."""
+        """As `read`, checked by the CRC32C of just these values, known from elsewhere. One pass, no copy, no other byte."""
         self._check_range(start, count)
         result = np.empty(count, self.dtype)
         if not count:

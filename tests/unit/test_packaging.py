@@ -93,7 +93,7 @@ def test_every_imported_package_is_a_declared_requirement():
     trees = [ast.parse(file.read_text(encoding="utf-8")) for file in (ROOT / "moetrain").rglob("*.py")]
     imported = set().union(*(imported_packages(tree) for tree in trees)) - set(sys.stdlib_module_names) - {"moetrain"}
     owners = packages_distributions()
-    extras = [text for name in ("hf", "wandb") for text in PROJECT["optional-dependencies"][name]]
+    extras = [text for name in ("hf", "wandb", "s3") for text in PROJECT["optional-dependencies"][name]]
     declared = {canonicalize_name(Requirement(text).name) for text in PROJECT["dependencies"] + extras}
     assert "numpy" in imported
     assert [name for name in sorted(imported) if declared.isdisjoint(canonicalize_name(owner) for owner in owners[name])] == []

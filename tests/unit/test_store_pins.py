@@ -1,0 +1,158 @@
+"""Pins, pruning by hand, and sweeps that were interrupted or met a pin on the way."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from moetrain.base.errors import CheckpointError
+from moetrain.store.io import Io
+from moetrain.store.manifest import SaveId, seal
+from moetrain.store.objects import CheckpointFolder, Superseded
+from tests.unit.test_store_objects import committed, objects
+
+
+class Killed(Exception):
+    """Stands for a kill: nothing in the store catches it."""
+
+
+@pytest.fixture
+def folder(tmp_path) -> CheckpointFolder:
+    folder = CheckpointFolder(tmp_path / "checkpoint", Io())
+    folder.claim(0.0)
+    return folder
+
+
+def test_a_pinned_recovery_point_stays_until_it_is_unpinned(folder):
+    names = [committed(folder, SaveId(1, seq)) for seq in (1, 2, 3, 4)]
+    folder.pin("before-the-spike", SaveId(1, 2))
+    folder.pin("before-the-spike", SaveId(1, 2))
+    assert folder.pins() == {"before-the-spike": SaveId(1, 2)}
+    folder.sweep(1, SaveId(1, 4))
+    assert folder.saves() == [SaveId(1, 4), SaveId(1, 2)]
+    assert objects(folder) == {names[3], names[1]}
+    folder.unpin("before-the-spike")
+    folder.sweep(1, SaveId(1, 4))
+    assert folder.saves() == [SaveId(1, 4)]
+    assert objects(folder) == {names[3]}
+
+
+def test_a_pin_does_not_count_as_one_of_those_to_keep(folder):
+    for seq in (1, 2, 3, 4):
+        committed(folder, SaveId(1, seq))
+    folder.pin("old", SaveId(1, 1))
+    folder.sweep(2, SaveId(1, 4))
+    assert [save.seq for save in folder.saves()] == [4, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a@b", "x" * 101])
+def test_names_that_are_no_file_names_are_refused(folder, name):
+    committed(folder, SaveId(1, 1))
+    with pytest.raises(CheckpointError, match="no name for a pin"):
+        folder.pin(name, SaveId(1, 1))
+
+
+def test_a_pin_needs_a_good_manifest_and_a_free_name(folder):
+    for seq in (1, 2):
+        committed(folder, SaveId(1, seq))
+    with pytest.raises(CheckpointError):
+        folder.pin("a", SaveId(1, 7))
+    folder.pin("a", SaveId(1, 1))
+    with pytest.raises(CheckpointError, match="keeps seq 1 already"):
+        folder.pin("a", SaveId(1, 2))
+    with pytest.raises(CheckpointError, match="no pin b"):
+        folder.unpin("b")
+
+
+@pytest.mark.parametrize("moment", range(60))
+def test_a_pin_that_was_granted_in_the_middle_of_a_sweep_is_kept(folder, moment):
+    names = {seq: committed(folder, SaveId(1, seq)) for seq in (1, 2, 3)}
+    calls, granted = [], []
+
+    def meanwhile(operation: str, path: Path) -> None:
+        calls.append(operation)
+        if len(calls) == moment:
+            try:
+                CheckpointFolder(folder.path, Io()).pin("mine", SaveId(1, 1))
+            except CheckpointError:
+                return
+            granted.append(True)
+
+    CheckpointFolder(folder.path, Io(meanwhile)).sweep(1, SaveId(1, 3))
+    assert (SaveId(1, 1) in folder.saves()) == bool(granted)
+    assert (names[1] in objects(folder)) == bool(granted)
+    assert folder.pins() == ({"mine": SaveId(1, 1)} if granted else {})
+
+
+@pytest.mark.parametrize("moment", range(1, 60))
+def test_a_killed_sweep_is_completed_by_the_next(folder, moment):
+    names = {seq: committed(folder, SaveId(1, seq)) for seq in (1, 2, 3, 4)}
+    folder.pin("mine", SaveId(1, 2))
+    left = [moment]
+
+    def kill(operation: str, path: Path) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise Killed
+
+    try:
+        CheckpointFolder(folder.path, Io(kill)).sweep(1, SaveId(1, 4))
+    except Killed:
+        assert {names[2], names[4]} <= objects(folder)
+    folder.sweep(1, SaveId(1, 4))
+    assert [save.seq for save in folder.saves()] == [4, 2]
+    assert objects(folder) == {names[2], names[4]}
+    assert list((folder.path / "gc").iterdir()) == []
+
+
+def test_a_damaged_journal_is_done_without(folder):
+    for seq in (1, 2):
+        committed(folder, SaveId(1, seq))
+    (folder.path / "gc").mkdir()
+    (folder.path / "gc" / f"{SaveId(1, 1)}.objects.json").write_bytes(b"rubbish")
+    folder.sweep(1, SaveId(1, 2))
+    assert folder.saves() == [SaveId(1, 2)]
+    assert list((folder.path / "gc").iterdir()) == []
+
+
+def test_prune_by_hand_takes_a_folder_over_that_no_job_uses(folder):
+    names = [committed(folder, SaveId(1, seq)) for seq in (1, 2, 3)]
+    folder.prune(1)
+    assert folder.saves() == [SaveId(1, 3)]
+    assert objects(folder) == {names[2]}
+    with pytest.raises(Superseded):
+        committed(folder, SaveId(1, 4))
+
+
+@pytest.mark.parametrize(("host", "pid"), [(os.uname().nodename, 1), ("elsewhere", os.getpid())])
+def test_prune_leaves_the_folder_of_a_job_that_may_be_alive(folder, host, pid):
+    for seq in (1, 2):
+        committed(folder, SaveId(1, seq))
+    owner = json.dumps({"host": host, "pid": pid, "time": 0.0}).encode()
+    (folder.path / "claims" / "000002").write_bytes(seal(owner))
+    with pytest.raises(CheckpointError, match=f"Process {pid} on {host}"):
+        folder.prune(1)
+    assert len(folder.saves()) == 2
+    folder.prune(1, take_over=True)
+    assert len(folder.saves()) == 1
+
+
+def test_a_coordinator_that_slept_during_a_sweep_removes_no_object_of_its_successor(folder):
+    names = {committed(folder, SaveId(1, seq)) for seq in (1, 2)}
+
+    def another_job(operation: str, path: Path) -> None:
+        if operation == "fsync_folder" and path.name == "manifests":
+            CheckpointFolder(folder.path, Io()).claim(0.0)
+
+    with pytest.raises(Superseded):
+        CheckpointFolder(folder.path, Io(another_job)).sweep(1, SaveId(1, 2))
+    assert objects(folder) == names
+
+
+def test_an_interrupted_save_is_known(folder):
+    committed(folder, SaveId(1, 1))
+    folder.put_receipt(SaveId(1, 2), 0, {})
+    folder.put_receipt(SaveId(1, 3), 0, {})
+    folder.abandon(SaveId(1, 3), "a reason")
+    assert folder.unfinished() == [SaveId(1, 2)]
