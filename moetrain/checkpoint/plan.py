@@ -143,17 +143,21 @@ def _filled(loads: dict[int, int], holders: Holders, num_bytes: int) -> dict[int
 
 
 def _bound(experts: dict[tuple[Group, Holders], int], shared: dict[Holders, int], num_ranks: int) -> float:
-    """Over all sets of holders: what only they have, over their number; experts are not cut, so whole ones count."""
+    """The heaviest rank of the best division: over all sets of holders, what only they have shared evenly; experts as whole ones."""
     whole: dict[Holders, list[int]] = defaultdict(list)
     for (_, holders), num_bytes in experts.items():
         whole[holders].append(num_bytes)
     least = (sum(shared.values()) + sum(experts.values())) / max(1, num_ranks)
     for holders in whole.keys() | shared.keys():
-        inside = [num_bytes for other, sizes in whole.items() if set(other) <= set(holders) for num_bytes in sizes]
-        dense = sum(num_bytes for other, num_bytes in shared.items() if set(other) <= set(holders))
-        units = whole.get(holders, [])
-        steps = ceil(len(units) / len(holders)) * min(units, default=0)
-        least = max(least, (sum(inside) + dense) / len(holders), steps)
+        inside = sum(sum(units) for other, units in whole.items() if set(other) <= set(holders))
+        inside += sum(num_bytes for other, num_bytes in shared.items() if set(other) <= set(holders))
+        least = max(least, inside / len(holders))
+    for holders, units in whole.items():
+        loads = [shared.get((rank,), 0) for rank in holders]  # theirs alone
+        least = max(least, min(loads) + max(units))
+        for _ in units:  # as if all were as small as the smallest: then the least loaded is the best choice
+            loads[loads.index(min(loads))] += min(units)
+        least = max(least, *loads)
     return least
 
 

@@ -14,6 +14,7 @@ from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.process import Writer, WriterDied
 from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.turns import Turns
 from moetrain.checkpoint.writer import handle, map_arena
 from moetrain.model.state import Box, Fragment, ModelState, assemble
 from moetrain.routing.placement import Placement
@@ -115,14 +116,14 @@ class Circle:
 class Job:
     """All ranks of one training job on one checkpoint folder."""
 
-    def __init__(self, folder: Path, world: int, ep: int, sharded: bool = False, **config: object) -> None:
+    def __init__(self, folder: Path, world: int, ep: int, sharded: bool = False, turns: Turns | None = None, **config: object) -> None:
         self.world, self.ep, self.sharded = world, ep, sharded
         self.writers: list[LocalWriter] = [LocalWriter() for _ in range(world)]
         spread = Spread()
         self.settings = CheckpointConfig(**config)  # type: ignore[arg-type]
         self.circle = Circle(world)
         self.ranks = [
-            Checkpointer(folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.writer(rank), self.circle.of(rank))
+            Checkpointer(folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.writer(rank), self.circle.of(rank), turns)
             for rank in range(world)
         ]
 
