@@ -24,7 +24,7 @@ from moetrain.base.clock import Clock, SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.merge import merge
-from moetrain.store.encode import Encoded, bytes_of, encode, stored_dtype
+from moetrain.store.encode import Encoded, checksums, encode, stored_dtype
 from moetrain.store.io import Io
 from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, Tensor
 from moetrain.store.objects import CheckpointFolder, Superseded
@@ -51,8 +51,9 @@ def persist(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receip
             dtype = stored_dtype(plan.dtype)
             values = np.frombuffer(arena, dtype, plan.size, plan.offset) if plan.size else np.empty(0, dtype)
             name = f"{share}/{plan.label}"
-            tensors = [_in_object(tensor, name, values) for tensor in plan.tensors]
-            encoded = encode(values, attributes(job, tensors))
+            sums = checksums(values, [_span(tensor) for tensor in plan.tensors])
+            tensors = [_in_object(tensor, name, crc) for tensor, crc in zip(plan.tensors, sums.pieces, strict=True)]
+            encoded = encode(values, attributes(job, tensors), sums.chunks)
             num_bytes = len(encoded.metadata) + sum(len(buffer) for buffer in encoded.data)
             records.append(ObjectRecord(name, job.step, num_bytes, crc32c(encoded.metadata)))
             written.extend(tensors)
@@ -62,11 +63,15 @@ def persist(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receip
     return Receipt(job.rank, job.index, job.selection, records, [*written, *job.tensors])
 
 
-def _in_object(tensor: Tensor, name: str, values: np.ndarray) -> Tensor:
-    """With the object's name and the checksum of the bytes in the arena, taken before anything is written."""
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First value and number of values in the object's array; none for an integer scalar, which is not in it."""
     (piece,) = tensor.pieces
-    crc = 0 if piece.value is not None else crc32c(bytes_of(values[piece.start : piece.start + prod(piece.shape)]))
-    return replace(tensor, pieces=(replace(piece, object=name, crc=crc),))
+    return piece.start, 0 if piece.value is not None else prod(piece.shape)
+
+
+def _in_object(tensor: Tensor, name: str, crc: int) -> Tensor:
+    """With the object's name and the checksum of the bytes in the arena, taken before anything is written."""
+    return replace(tensor, pieces=(replace(tensor.pieces[0], object=name, crc=crc),))
 
 
 def attributes(job: SaveJob, tensors: list[Tensor]) -> dict[str, object]:

@@ -39,6 +39,10 @@ class Backend(Protocol):
         """Fills the views, one after the other, from `offset`. Returns the number of bytes, fewer at the end of the file."""
         ...
 
+    def expect(self, path: Path) -> None:
+        """A hint that all of a file will be read soon."""
+        ...
+
     def size(self, path: Path) -> int: ...
 
     def exists(self, path: Path) -> bool:
@@ -88,7 +92,7 @@ class FolderBackend:
 
     def __init__(self, io: Io) -> None:
         self.io = io
-        self.read, self.read_into, self.size, self.exists = io.read, io.read_into, io.size, io.exists
+        self.read, self.read_into, self.expect, self.size, self.exists = io.read, io.read_into, io.expect, io.size, io.exists
         self.is_folder, self.list, self.remove, self.remove_tree = io.is_folder, io.list, io.unlink, io.remove_tree
         self.settle = io.fsync_folder
 
@@ -121,10 +125,12 @@ class FolderBackend:
         part = group.with_name(f"{group.name}.part")
         self.io.mkdir(part)
         self.io.fsync_folder(group.parent.parent)
+        folders: list[Path] = []
         with ThreadPoolExecutor(WRITERS, "checkpoint-write") as pool:
             running: deque[Future[None]] = deque()
             try:
                 for name, files in items:  # the caller takes checksums while threads write
+                    folders.append(part / name)
                     running.append(pool.submit(self._put_item, part / name, files))
                     if len(running) > 2 * WRITERS:
                         running.popleft().result()
@@ -133,6 +139,7 @@ class FolderBackend:
             finally:
                 for future in running:
                     future.cancel()
+            list(pool.map(self.io.fsync_folder, folders))
         self.io.fsync_folder(part)
         self.io.rename(part, group)
         self.io.fsync_folder(group.parent)
@@ -141,7 +148,6 @@ class FolderBackend:
         self.io.mkdir(folder)
         for name, buffers in files:
             self.io.write_new(folder / name, buffers)
-        self.io.fsync_folder(folder)
 
 
 def not_found(path: Path) -> FileNotFoundError:

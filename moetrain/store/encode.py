@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -14,6 +15,7 @@ import numpy as np
 from crc32c import crc32c
 
 from moetrain.base.errors import CheckpointError
+from moetrain.store.crc import combine
 from moetrain.store.io import Buffer
 
 CHUNK_BYTES = 4 << 20  # the unit that is read and checked alone
@@ -36,19 +38,50 @@ class Encoded:
     data: list[Buffer]
 
 
-def encode(values: np.ndarray, attributes: Json) -> Encoded:
-    """A Zarr array of the flat, contiguous `values`. An empty one has no data file."""
+@dataclass(frozen=True)
+class Sums:
+    """CRC32C of every chunk of an array, padding included, and of every piece that was asked for."""
+
+    chunks: list[int]
+    pieces: list[int]
+
+
+def checksums(values: np.ndarray, pieces: Sequence[tuple[int, int]] = ()) -> Sums:
+    """Takes the checksums of the flat, contiguous, little-endian `values` in one pass. `pieces`: (first value, number of values)."""
+    chunk = chunk_length(values.size, values.itemsize)
+    starts = range(0, num_chunks(values.size, chunk) * chunk, chunk)
+    inside = {edge for start, count in pieces for edge in (start, start + count)}
+    edges = sorted({*starts, values.size, *inside})
+    parts = [(start, stop, crc32c(bytes_of(values[start:stop]))) for start, stop in pairwise(edges)]
+    at = {edge: number for number, edge in enumerate(edges)}
+
+    def joined(start: int, count: int) -> int:
+        crc = 0
+        for first, stop, part in (parts[number] for number in range(at[start], at[start + count])):
+            crc = part if first == start else combine(crc, part, (stop - first) * values.itemsize)
+        return crc
+
+    chunks = [joined(start, min(chunk, values.size - start)) for start in starts]
+    if padding := len(starts) * chunk - values.size:
+        chunks[-1] = crc32c(bytes_of(np.full(padding, fill_value(values.dtype), values.dtype)), chunks[-1])
+    return Sums(chunks, [joined(start, count) for start, count in pieces])
+
+
+def encode(values: np.ndarray, attributes: Json, chunk_crcs: Sequence[int] | None = None) -> Encoded:
+    """A Zarr array of the flat, contiguous `values`. An empty one has no data file. `chunk_crcs`: from `checksums`, if they are known."""
     values = values.astype(values.dtype.newbyteorder("<"), copy=False)
     chunk = chunk_length(values.size, values.itemsize)
     metadata = json.dumps(describe(values.size, values.dtype, chunk, attributes)).encode()
     if not values.size:
         return Encoded(metadata, [])
+    if chunk_crcs is None:
+        chunk_crcs = checksums(values).chunks
     data: list[Buffer] = []
-    for start in range(0, values.size, chunk):
+    for start, crc in zip(range(0, values.size, chunk), chunk_crcs, strict=True):
         part = values[start : start + chunk]
         if part.size < chunk:
             part = np.concatenate([part, np.full(chunk - part.size, fill_value(values.dtype), values.dtype)])
-        data += [bytes_of(part), checksum(bytes_of(part))]
+        data += [bytes_of(part), crc.to_bytes(4, "little")]
     index = shard_index(len(data) // 2, chunk * values.itemsize)
     return Encoded(metadata, [*data, index, checksum(index)])
 
@@ -149,10 +182,14 @@ class ArrayReader:
             position += part.size
         return result
 
-    def read_checked(self, start: int, count: int, crc: int) -> np.ndarray:
-        """As `read`, checked by the CRC32C of just these values, known from elsewhere. One pass, no copy, no other byte."""
+    def read_checked(self, start: int, count: int, crc: int, out: np.ndarray | None = None) -> np.ndarray:
+        """As `read`, checked by the CRC32C of just these values, known from elsewhere. One pass, no copy, no other byte.
+
+        `out`: flat, contiguous, little-endian memory of `count` values to read into; it holds anything after an error.
+        """
         self._check_range(start, count)
-        result = np.empty(count, self.dtype)
+        result = np.empty(count, self.dtype) if out is None else out
+        assert (result.size, result.dtype) == (count, self.dtype)
         if not count:
             return result
         stride, item = self._chunk * self.dtype.itemsize, self.dtype.itemsize
@@ -166,7 +203,7 @@ class ArrayReader:
         for view in views[:-1:2]:
             found = crc32c(view, found)
         if found != crc:
-            raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones that were saved.")
+            raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones in the manifest.")
         return result.astype(self.dtype.newbyteorder("="), copy=False)
 
     def _check_range(self, start: int, count: int) -> None:

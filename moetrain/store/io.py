@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 Buffer = bytes | memoryview
@@ -109,6 +110,15 @@ class Io:
         finally:
             os.close(descriptor)
         return total
+
+    def expect(self, path: Path) -> None:
+        """Lets the system begin to read a file that will be read soon; an absent one is fine."""
+        with suppress(FileNotFoundError):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(descriptor)
 
     def exists(self, path: Path) -> bool:
         return path.exists()

@@ -2,16 +2,19 @@
 
 import json
 import os
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import zarr
+from crc32c import crc32c
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moetrain.base.errors import CheckpointError
 from moetrain.store import encode as module
-from moetrain.store.encode import DATA, METADATA, ArrayReader, encode, stored_dtype
+from moetrain.store.crc import combine
+from moetrain.store.encode import DATA, METADATA, ArrayReader, checksums, encode, stored_dtype
 from moetrain.store.io import Io
 
 
@@ -142,3 +145,45 @@ def test_short_writes_are_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "writev", lambda fd, views: real(fd, [views[0][:3]]))
     Io().write_new(tmp_path / "a", [b"hello", b"", b"world"])
     assert (tmp_path / "a").read_bytes() == b"helloworld"
+
+
+@given(size=st.integers(1, 200), data=st.data())
+def test_checksums_of_chunks_and_pieces_come_from_one_pass(size, data):
+    cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=6)))
+    pieces = [(start, stop - start) for start, stop in pairwise(cuts)] + [(start, 0) for start in cuts[:1]]
+    values = numbers("float32", size)
+    original, module.CHUNK_BYTES = module.CHUNK_BYTES, 64
+    try:
+        sums = checksums(values, pieces)
+        assert encode(values, {}, sums.chunks).data == encode(values, {}).data
+        assert [crc32c(chunk) for chunk in encode(values, {}).data[:-2:2]] == sums.chunks
+    finally:
+        module.CHUNK_BYTES = original
+    assert sums.pieces == [crc32c(values[start : start + count].tobytes()) for start, count in pieces]
+
+
+@given(st.binary(max_size=300), st.binary(max_size=300))
+def test_checksums_combine(first, second):
+    assert combine(crc32c(first), crc32c(second), len(second)) == crc32c(first + second)
+
+
+def test_every_byte_is_read_once_for_both_checksums(monkeypatch):
+    seen = []
+    real = module.crc32c
+    monkeypatch.setattr(module, "crc32c", lambda data, crc=0: seen.append(len(data)) or real(data, crc))
+    values = numbers("float32", (10 << 20) // 4)
+    encode(values, {}, checksums(values, [(0, 1000), (1000, values.size - 1000)]).chunks)
+    assert values.nbytes <= sum(seen) < values.nbytes + 200
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 40), (0, 0), (3, 1), (15, 2), (16, 16), (39, 1), (7, 30)])
+def test_values_are_read_by_their_own_checksum_into_memory_of_the_caller(tmp_path, small_chunks, start, count):
+    values = numbers("float32", 40)
+    reader = ArrayReader(write(tmp_path / "a", values), Io())
+    crc, out = crc32c(values[start : start + count].tobytes()), np.empty(count, np.float32)
+    assert reader.read_checked(start, count, crc, out) is not None
+    assert np.array_equal(out, values[start : start + count])
+    assert np.array_equal(reader.read_checked(start, count, crc), out)
+    if count:
+        with pytest.raises(CheckpointError, match="not the ones in the manifest"):
+            reader.read_checked(start, count, crc ^ 1)
