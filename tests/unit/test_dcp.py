@@ -223,6 +223,29 @@ def test_damage_is_found_before_anything_is_published(folder: CheckpointFolder, 
     assert not (tmp_path / "tree" / "step-30" / METADATA).exists()
 
 
+def test_weights16_shows_the_newest_weights_with_older_moments(tmp_path: Path):
+    job = Job(tmp_path / "checkpoint", 2, 2, mode="weights16")
+    for step in (10, 20, 30):
+        job.save(step)
+    folder = CheckpointFolder(tmp_path / "checkpoint", Io())
+    point = points(folder)[-1]
+    stale = {group for group, age in point.ages().items() if age}
+    wanted = expected(30, versions(point))
+    for key, newest in expected(30).items():
+        name, component, *expert = key.split(":")
+        if component == "master" and expert and (name.rpartition(".")[0], int(expert[0])) in stale:
+            wanted[key] = newest.bfloat16().float()
+    assert len(stale) > 2 and not any(point.weight_ages().values())
+    tree = Tree(tmp_path / "tree")
+    for one in points(folder):
+        tree.add(folder, one)
+    assert_equal(load(tree.folder_of(30), stacked(wanted)), stacked(wanted))
+    back = read_back(tree.folder_of(30), tmp_path / "fresh")
+    assert (back.ages(), back.weight_ages()) == (point.ages(), point.weight_ages())
+    _, found = Job(tmp_path / "fresh" / "checkpoint", 1, 1, mode="weights16").load("must")
+    assert_equal(found, wanted)
+
+
 class LowPrecision(Job):
     """Weights in bfloat16, moments in float32, counts as integers."""
 
