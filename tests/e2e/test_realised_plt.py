@@ -1,0 +1,105 @@
+"""Tokens that real recoveries lost, counted from the logs of every step, against what the run predicted."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from moetrain.parallel.native import TorchEngine
+from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
+from tests.e2e.jobs import committed_steps, records, small_run, train_here
+from tools.realised_plt import Recovery, count, lost, main, read
+
+STEPS = 30
+EVERY = 3
+FAULTS = (11, 17, 23)  # the step during which the power goes: the second after a save
+
+
+class PowerCut(Exception):
+    pass
+
+
+def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
+    """One run in this process whose engine fails in the steps of FAULTS; started until it is done.
+
+    The step before waits for the save, so that the run has said what the fault will cost.
+    """
+    real_step = TorchEngine.step
+    faults = list(FAULTS)
+
+    def step(self: TorchEngine, batches, lr, before_update):
+        result = real_step(self, batches, lr, before_update)
+        coming = 1 + max((int(record["train/step"]) for record in records(run)[-1:]), default=0)
+        if faults and coming == faults[0] - 1:
+            while before_update.__self__.status().pending:
+                time.sleep(0.01)
+        if faults and coming == faults[0]:
+            faults.pop(0)
+            raise PowerCut
+        return result
+
+    monkeypatch.setattr(TorchEngine, "step", step)
+    overrides = small_run(corpus, run, STEPS, f"checkpoint.every_steps={EVERY}", "telemetry.experts_every=1", "checkpoint.keep=20", *more)
+    for _ in range(len(FAULTS)):
+        with pytest.raises(PowerCut):
+            train_here(overrides, monkeypatch)
+    assert train_here(overrides, monkeypatch) == 0
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("mode", ["experts", "weights16"])
+def test_predicted_and_realised_plt_agree(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, mode: str) -> None:
+    run = tmp_path / "run"
+    train_with_faults(
+        corpus, run, monkeypatch, f"checkpoint.mode={mode}", "checkpoint.selection=unsaved_age", "checkpoint.experts_per_save=2"
+    )
+    load_SLE, starts, assignments = read(run)
+    rows = count(load_SLE, starts, assignments)
+    assert len(rows) == len(FAULTS)
+    assert all(row.agrees for row in rows)
+    assert all(row.alone > 0 and row.predicted > 0 for row in rows)
+    assert [row.weights > 0 for row in rows] == [mode == "experts"] * len(rows)
+    assert main([str(run)]) == 0
+    assert "NOT WITHIN" not in capsys.readouterr().out
+    assert committed_steps(run)[0] == STEPS
+
+
+def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys) -> None:
+    config = {"telemetry": {"experts_every": 1}, "train": {"tokens": 400, "global_batch_tokens": 40}, "model": {"routing": {"top_k": 1}}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    for step in range(1, 5):
+        save_snapshot(tmp_path, Snapshot(step, np.array([[10, 30]]), ("a",)))
+    said = {
+        "train/step": 4,
+        "event": "resume",
+        "checkpoint/seq": 2,
+        "checkpoint/expert_ages": "[[0, 2]]",
+        "checkpoint/weight_ages": "[[0, 0]]",
+    }
+    for moments, status in ((0.15, 0), (0.14, 1)):
+        lines = [
+            {"train/step": 4, "checkpoint/seq": 2, "checkpoint/plt_if_fault": 0.15},
+            said | {"checkpoint/plt_moments": moments, "checkpoint/plt_weights": 0.0},
+        ]
+        (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert main([str(tmp_path)]) == status
+    (tmp_path / "experts" / "step-00000003.npz").unlink()
+    assert len(load_snapshots(tmp_path)) == 3
+    assert main([str(tmp_path)]) == 2
+    assert "telemetry.experts_every=1" in capsys.readouterr().err
+
+
+def recovery(step: int, ages: list[int]) -> Recovery:
+    age_LE = np.array([ages])
+    return Recovery(step, age_LE, age_LE, 0.0, 0.0, 0.0)
+
+
+def test_every_lost_step_counts_once_and_recoveries_that_were_undone_do_not() -> None:
+    load_SLE = np.ones((10, 1, 2), int)
+    assert lost(load_SLE, [(4, np.array([[3, 0]])), (8, np.array([[7, 1]]))]) == 7 + 1
+    rows = count(load_SLE, [recovery(4, [3, 0]), recovery(8, [7, 1]), recovery(8, [7, 1]), recovery(6, [0, 2])], 10)
+    assert [row.moments for row in rows] == [0.3, 0.8, 0.8, 0.5]
+    assert [row.alone for row in rows] == pytest.approx([0.3, 0.5, 0.5, 0.2])
