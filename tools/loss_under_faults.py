@@ -1,0 +1,212 @@
+"""What do lost tokens cost? The same small run without faults and under many, for every checkpoint mode and several seeds.
+
+    python -m tools.loss_under_faults --faults 10 --json benchmarks/loss_under_faults.json --png docs/images/loss_under_faults.png
+
+A fault ends the run at a random step and takes the memory of all nodes with it, the worst case: everything comes back from the folder.
+Faults are at the same steps for all modes of a seed. Every run ends at the same step and is evaluated on the whole held-out text.
+"""
+
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from moetrain.build import build
+from moetrain.config import TrainConfig, check, compose, to_config
+from moetrain.dist.stop import Stop
+from moetrain.dist.world import World
+from moetrain.parallel.engine import StepResult
+from moetrain.telemetry.record import read_records
+from moetrain.train.loop import train
+from moetrain.train.run import Run
+
+MODES = ("none", "full", "moments", "weights16", "experts")
+SMALL = (
+    "+experiment=gpt_moe_8e", "data.seq_len=128", "train.global_batch_tokens=1024", "train.sample_every=0", "train.evaluate_every=0",
+    "telemetry.console=off", "telemetry.experts_every=0", "model.hidden_size=96", "model.ffn_size=192", "model.expert_ffn_size=96",
+    "model.shared_ffn_size=96", "model.attention.num_heads=3", "model.attention.num_kv_heads=3", "model.attention.head_dim=32",
+    "checkpoint.experts_per_save=1",
+)  # fmt: skip
+
+
+class Fault(Exception):
+    """The run ends here, as if the power went."""
+
+
+class FaultHook:
+    """Raises after a step, before anything else looks at it."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_start(self, run: Run) -> None:
+        pass
+
+    def on_step(self, run: Run, result: StepResult) -> None:
+        if run.progress.step == self.step:
+            raise Fault
+
+    def on_finish(self, run: Run, reason: str) -> None:
+        pass
+
+
+@dataclass
+class Result:
+    mode: str
+    seed: int
+    faults: int
+    bits_per_byte: float
+    loss: float
+    plt_weights: float
+    plt_moments: float
+    replayed_steps: int
+    seconds: float
+
+
+def life(config: TrainConfig, folder: Path, fault: int | None) -> bool:
+    """Trains from where the folder stands to the fault or the end; whether it came to the end."""
+    with ExitStack() as stack:
+        world = World.single(torch.device("cpu"))
+        stop = stack.enter_context(Stop(world, folder / "STOP"))
+        run = build(config, folder, world, stop)
+        stack.callback(run.sinks.close)
+        if fault is not None:
+            run.hooks.insert(0, FaultHook(fault))
+        try:
+            train(run)
+        except Fault:
+            run.checkpoint.finish()  # what was on its way may have come through: the same in every mode
+            return False
+    return True
+
+
+def result(folder: Path, mode: str, seed: int, faults: list[int], seconds: float) -> Result:
+    records = read_records(folder)
+    measured = [record for record in records if "evaluation/bits_per_byte" in record][-1]
+    resumes = [record for record in records if record.get("event") == "resume"]
+    last = resumes[-1] if resumes else {}
+    replayed = sum(fault - int(record["train/step"]) for fault, record in zip(faults, resumes, strict=True)) if resumes else 0
+    return Result(
+        mode, seed, len(faults), float(measured["evaluation/bits_per_byte"]), float(measured["evaluation/loss"]),
+        float(last.get("checkpoint/plt_weights", 0.0)), float(last.get("checkpoint/plt_moments", 0.0)), replayed, seconds,
+    )  # fmt: skip
+
+
+def run_to_the_end(mode: str, seed: int, faults: list[int], folder: Path, options: argparse.Namespace) -> Result:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    own = [f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"data.seed={seed}"]
+    own += [f"train.tokens={1024 * options.steps}", f"checkpoint.every_steps={options.every}"]
+    own.append(f"checkpoint.mode={'full' if mode == 'none' else mode}")
+    config = to_config(compose([*SMALL, *own, *options.overrides]))
+    check(config, 1)
+    started = time.monotonic()
+    for fault in [*([] if mode == "none" else faults), None]:
+        life(config, folder, fault)
+    return result(folder, mode, seed, [] if mode == "none" else faults, round(time.monotonic() - started, 1))
+
+
+def fault_steps(seed: int, options: argparse.Namespace) -> list[int]:
+    """At random, one in each of equal parts of the run after its first checkpoint."""
+    choose = random.Random(seed)
+    first = options.every + 1
+    edges = [first + (options.steps - first) * i // options.faults for i in range(options.faults + 1)]
+    return [choose.randrange(low, high) for low, high in pairwise(edges)]
+
+
+def summary(results: list[Result]) -> list[dict]:
+    """Per mode: mean and spread over seeds, and the difference to the same seed without faults."""
+    calm = {found.seed: found.bits_per_byte for found in results if found.mode == "none"}
+    rows = []
+    for mode in dict.fromkeys(found.mode for found in results):
+        of_mode = [found for found in results if found.mode == mode]
+        values = [found.bits_per_byte for found in of_mode]
+        apart = [found.bits_per_byte - calm[found.seed] for found in of_mode]
+        half = 2.0 * statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
+        rows.append(
+            {
+                "mode": mode,
+                "bits_per_byte": statistics.mean(values),
+                "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "more_than_without_faults": statistics.mean(apart),
+                "interval_95": [statistics.mean(apart) - half, statistics.mean(apart) + half],
+                "plt_weights": statistics.mean(found.plt_weights for found in of_mode),
+                "plt_moments": statistics.mean(found.plt_moments for found in of_mode),
+            }
+        )
+    return rows
+
+
+def table(rows: list[dict]) -> str:
+    lines = [f"{'mode':10} {'bits/byte':>10} {'+- seeds':>9} {'vs no fault':>12} {'95 %':>18} {'PLT weights':>12} {'PLT moments':>12}"]
+    for row in rows:
+        low, high = row["interval_95"]
+        lines.append(
+            f"{row['mode']:10} {row['bits_per_byte']:10.4f} {row['spread']:9.4f} {row['more_than_without_faults']:+12.4f} "
+            f"{low:+8.4f}..{high:+8.4f} {row['plt_weights']:12.2%} {row['plt_moments']:12.2%}"
+        )
+    return "\n".join(lines)
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """Every run as a dot: bits per byte beyond the same seed without faults, against PLT of the moments."""
+    from matplotlib.figure import Figure
+
+    calm = {found.seed: found.bits_per_byte for found in results if found.mode == "none"}
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for mode in MODES[1:]:
+        of_mode = [found for found in results if found.mode == mode]
+        apart = [found.bits_per_byte - calm[found.seed] for found in of_mode]
+        axes.plot([100 * found.plt_moments for found in of_mode], apart, "o", label=mode)
+    axes.axhline(0, color="0.7", linewidth=1, zorder=0)
+    axes.set_xlabel("PLT of the moments, %")
+    axes.set_ylabel("bits per byte more than without faults")
+    axes.legend(title="checkpoint.mode")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
+    parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder, removed at the end)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    parser.add_argument("overrides", nargs="*", help="of launch/train.py, after --")
+    options = parser.parse_args()
+    results: list[Result] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for seed in options.seeds:
+            for mode in options.modes:
+                results.append(
+                    run_to_the_end(mode, seed, fault_steps(seed, options), (options.folder or Path(temporary)) / f"{mode}-{seed}", options)
+                )
+                print(json.dumps(asdict(results[-1])), flush=True)
+    rows = summary(results)
+    print(table(rows))
+    if options.json:
+        command = "python -m tools.loss_under_faults " + " ".join(sys.argv[1:])
+        found = {"command": command, "steps": options.steps, "every": options.every, "modes": rows, "runs": [asdict(r) for r in results]}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.png:
+        draw(results, options.png)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
