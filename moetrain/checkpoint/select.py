@@ -110,14 +110,13 @@ def balanced(
     num_ranks = len({rank for home in load for rank in home})
     limit = TOLERANCE * (sum(load.values()) + spread) / num_ranks
     while (heaviest := max(load, key=lambda home: (load[home] / len(home), home))) and load[heaviest] / len(heaviest) > limit:
-        exchanges = [
-            (place[bank][light] - place[bank][heavy], bank, heavy, light)
-            for bank, experts in chosen.items()
-            for heavy in experts - forced[bank]
-            if homes[bank, heavy] == heaviest
-            for light in set(place[bank]) - experts
-            if (load[homes[bank, light]] + 1) / len(homes[bank, light]) < load[heaviest] / len(heaviest)
-        ]
+        lighter = {home for home in load if (load[home] + 1) / len(home) < load[heaviest] / len(heaviest)}
+        exchanges = []
+        for bank, experts in chosen.items():
+            heavy = max((e for e in experts - forced[bank] if homes[bank, e] == heaviest), key=place[bank].__getitem__, default=None)
+            light = next((e for e in rankings[bank] if e not in experts and homes[bank, e] in lighter), None)
+            if heavy is not None and light is not None:
+                exchanges.append((place[bank][light] - place[bank][heavy], bank, heavy, light))
         if not exchanges:
             break
         _, bank, heavy, light = min(exchanges)
