@@ -13,9 +13,9 @@ from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
 from tests.e2e.jobs import committed_steps, records, small_run, train_here
 from tools.realised_plt import Recovery, count, lost, main, read
 
-STEPS = 30
+STEPS = 20
 EVERY = 3
-FAULTS = (11, 17, 23)  # the step during which the power goes: the second after a save
+FAULTS = (8, 14)  # the step during which the power goes: the second after a save
 
 
 class PowerCut(Exception):
@@ -65,6 +65,17 @@ def test_predicted_and_realised_plt_agree(corpus: Path, tmp_path: Path, monkeypa
     assert main([str(run)]) == 0
     assert "NOT WITHIN" not in capsys.readouterr().out
     assert committed_steps(run)[0] == STEPS
+
+
+@pytest.mark.timeout(120)
+def test_a_budget_holds_in_a_run_with_faults_and_k_follows_it(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, budget = tmp_path / "run", 0.1
+    train_with_faults(corpus, run, monkeypatch, "checkpoint.selection=unsaved_age", f"checkpoint.plt_budget={budget}")
+    rows = count(*read(run))
+    assert all(row.agrees for row in rows)
+    assert 0 < rows[-1].moments <= budget
+    experts = [int(record["checkpoint/experts_per_save"]) for record in records(run) if "checkpoint/experts_per_save" in record]
+    assert any(1 < count < 8 for count in experts), "more than one expert is needed, fewer than all are enough"
 
 
 def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys) -> None:
