@@ -151,9 +151,10 @@ class SaveHook:
     def _save(self, run: Run) -> None:
         expected_faults = 1.0
         if self.config.interval == "auto" or self.config.plt_budget:
-            interval, step_seconds = run.world.agree([self.costs.interval(self.mean_seconds), self.costs.step_seconds])
-            if self.config.interval == "auto" and interval is not None:
-                self._next = run.progress.step + interval
+            own = [float(self.costs.interval(self.mean_seconds) or 0), self.costs.step_seconds]  # 0: not measured yet
+            interval, step_seconds = run.world.agree(own, "agreeing on the interval between checkpoints")
+            if self.config.interval == "auto" and interval:
+                self._next = run.progress.step + int(interval)
             expected_faults = (run.progress.total_steps - run.progress.step) * step_seconds / self.mean_seconds
         run.checkpoint.save(run.engine.state(), run.progress.as_dict(), expected_faults=expected_faults)
 

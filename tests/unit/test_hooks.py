@@ -336,7 +336,7 @@ def test_no_profile_is_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture,
 def saving(bench: Bench, hook: SaveHook, num_steps: int, seconds: list[float], persist_steps: int = 1) -> list[int]:
     """Drives a hook through steps that take `seconds`; a save commits after so many steps. The steps of the saves."""
     agreed = []
-    bench.run.world.agree = lambda value: agreed.append(value) or value  # type: ignore[method-assign, assignment]
+    bench.run.world.agree = lambda value, name: agreed.append(value) or value  # type: ignore[method-assign, assignment]
     hook.on_start(bench.run)
     for number in range(num_steps):
         started = bench.checkpoint.saves[-1][1]["step"] if bench.checkpoint.saves else None
