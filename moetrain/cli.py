@@ -49,7 +49,7 @@ Train
                   moetrain data prepare my_project/ --out prepared/mine --tokenizer train --vocab-size 8192
 
 Look at a run
-  checkpoint    list, show or verify the checkpoints of a run
+  checkpoint    list, show, verify, compare, pin, prune or convert the checkpoints of a run
                   moetrain checkpoint list runs/gpt_moe_8e
   evaluate      loss and bits per byte on held-out text
                   moetrain evaluate runs/gpt_moe_8e --data prepared/mine
