@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -45,6 +46,8 @@ METADATA = ".metadata"  # written last: a folder without it is no checkpoint
 
 Written = dict[MetadataIndex, _StorageInfo]
 """Where the chunks of one data file lie; paths as that checkpoint's `.metadata` says them."""
+Find = Callable[[set[Path]], dict[Path, Written]]
+"""What is known of data files that earlier checkpoints wrote."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,8 @@ def write_whole(folder: CheckpointFolder, point: Manifest, target: Path) -> None
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists.", "Give a folder that does not exist as --out.")
-    with whole_folder(target.absolute()) as partial:
-        _write_point(folder, point, partial, lambda record: partial, {})
+    with whole_folder(target.absolute()) as draft:
+        _write_point(folder, point, draft, lambda record: draft, lambda files: {})
 
 
 class Tree:
@@ -172,17 +175,22 @@ class Tree:
         """
         target = self.folder_of(point.step)
         target.mkdir(parents=True, exist_ok=True)
-        _write_point(folder, point, target, lambda record: self.folder_of(record.step), self._known(target))
+        _write_point(folder, point, target, lambda record: self.folder_of(record.step), partial(self._known, target))
         sync(self.path)
         return target
 
-    def _known(self, target: Path) -> dict[Path, Written]:
-        """The data files that published checkpoints refer to, paths as seen from `target`. Others may be torn and are written again."""
+    def _known(self, target: Path, files: set[Path]) -> dict[Path, Written]:
+        """Those of the files that published checkpoints refer to, paths as seen from `target`. Others may be torn and are written again."""
         known: dict[Path, Written] = defaultdict(dict)
-        for metadata in sorted(self.path.glob(f"step-*/{METADATA}")):
-            for index, info in read_metadata(metadata.parent).storage_data.items():
-                file = Path(os.path.normpath(metadata.parent / info.relative_path))
+        missing = {file for file in files if file.is_file()}
+        steps = sorted((int(path.parent.name.removeprefix("step-")) for path in self.path.glob(f"step-*/{METADATA}")), reverse=True)
+        for step in steps:  # the newest refer to almost all of them
+            if not missing:
+                break
+            for index, info in read_metadata(self.folder_of(step)).storage_data.items():
+                file = Path(os.path.normpath(self.folder_of(step) / info.relative_path))
                 known[file][index] = _StorageInfo(os.path.relpath(file, target), info.offset, info.length)
+                missing.discard(file)
         return known
 
 
@@ -200,21 +208,19 @@ def read_metadata(folder: Path) -> Metadata:
         raise CheckpointError(f"{folder / METADATA} is damaged: {error!r}.") from error
 
 
-def _write_point(
-    folder: CheckpointFolder, point: Manifest, target: Path, place: Callable[[ObjectRecord], Path], known: dict[Path, Written]
-) -> None:
-    """The data files that are not `known`, then `.metadata`, which is the commit."""
+def _write_point(folder: CheckpointFolder, point: Manifest, target: Path, place: Callable[[ObjectRecord], Path], find: Find) -> None:
+    """The data files that are not to be found, then `.metadata`, which is the commit."""
     members: dict[str, list[Chunk]] = defaultdict(list)
     for chunk in chunks_of(point):
         members[chunk.piece.object].append(chunk)
-    written: Written = {}
+    files = {name: place(point.objects[name]) / f"{name.replace('/', '.')}.distcp" for name in members}
+    known, written = find(set(files.values())), Written()
     for name, chunks in members.items():
-        record = point.objects[name]
-        file = place(record) / f"{name.replace('/', '.')}.distcp"
+        file = files[name]
         if file in known and not known[file].keys() >= {chunk.index for chunk in chunks}:  # nothing that is referred to is replaced
             file = file.with_name(f"{file.stem}.{point.save}.distcp")
         if file not in known or not file.is_file():
-            known[file] = _write_object(folder, record, chunks, file, target)
+            known[file] = _write_object(folder, point.objects[name], chunks, file, target)
         written |= {chunk.index: known[file][chunk.index] for chunk in chunks}
     with _new_file(target / facts_file(point)) as stream:
         written |= _put(stream, MetadataIndex(FACTS), Facts.of(point).text(), facts_file(point))
