@@ -237,6 +237,13 @@ def test_no_rank_writes_more_than_the_shards_force(is_replicated, layers, k, ind
     assert plan.bound >= sum(plan.loads.values()) / world - world  # quotas are whole bytes
 
 
+def test_large_experts_are_divided_before_small_ones():
+    sizes = {("a", 0): 100, ("a", 1): 100, ("a", 2): 100, ("b", 0): 300}
+    plan = writes([Holding(group, "m", (0, 1), size) for group, size in sizes.items()], "full", None)
+    assert plan.loads == {0: 300, 1: 300}
+    assert plan.imbalance == 1.0
+
+
 def test_homes_are_where_experts_live():
     homes = homes_of(Shape(4, 2, 1, 4, 1 << 16, [1 << 18]).holdings)
     assert homes.of == {("blocks.0.moe.experts", e): (0, 2) if e < 2 else (1, 3) for e in range(4)}

@@ -113,6 +113,14 @@ def test_an_expert_taken_from_an_older_recovery_point_is_charged_for_both():
     assert repaired.age[FIRST] == [1, 0, 2, 2]
 
 
+def test_an_older_expert_is_not_charged_again_for_what_an_earlier_recovery_lost():
+    start = Ledger.of_banks(BANKS).count([[5] * 4] * 2).after({FIRST: [], SECOND: []}, "experts").restored()
+    old = start.count([[2] * 4] * 2).after(None, "experts")  # knows 2 of 7, 5 are lost
+    new = old.count([[4] * 4] * 2).after(None, "experts")
+    assert new.with_expert((FIRST, 0), old).restored().lost == {FIRST: [9, 5, 5, 5], SECOND: [5] * 4}
+    assert new.with_expert((FIRST, 0), start).restored().lost[FIRST][0] == 11  # all that it was ever given
+
+
 def test_plt_is_the_mean_over_layers():
     assert plt({FIRST: [10, 0, 0, 0], SECOND: [0, 0, 0, 30]}, 100) == pytest.approx(0.2)
     assert plt({}, 100) == plt({FIRST: [1]}, 0) == 0.0
@@ -158,6 +166,17 @@ def test_greedy_takes_the_most_unsaved_and_unsaved_age_waits_for_the_cold_ones_t
     assert RULES["greedy"](waiting) == [0, 2, 1, 3]
     assert RULES["unsaved_age"](waiting) == [1, 0, 2, 3]
     assert RULES["sequential"](waiting) == [1, 2, 0, 3]
+
+
+@pytest.mark.parametrize(("rule", "oldest"), [("unsaved_age", 17), ("greedy", 40)])
+def test_an_expert_that_nothing_is_routed_to_is_saved_by_the_age_limit_alone(rule, oldest):
+    banks = {"a": 8}
+    policy, ledger, ages = turns(banks, selection=rule), Ledger.of_banks(banks), []
+    for index in range(1, 41):
+        ledger = ledger.count([[0, *range(1, 8)]])
+        ledger = ledger.after(policy.selection(index, ledger), "experts")
+        ages.append(ledger.age["a"][0])
+    assert max(ages) == oldest
 
 
 def test_at_even_loads_unsaved_age_is_sequential():
