@@ -10,7 +10,7 @@ import yaml
 
 from moetrain.parallel.native import TorchEngine
 from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
-from tests.e2e.jobs import committed_steps, records, small_run, train_here
+from tests.e2e.jobs import Job, committed_steps, records, small_run, train_here
 from tools.realised_plt import Recovery, count, lost, main, read
 
 STEPS = 20
@@ -114,3 +114,17 @@ def test_every_lost_step_counts_once_and_recoveries_that_were_undone_do_not() ->
     rows = count(load_SLE, [recovery(4, [3, 0]), recovery(8, [7, 1]), recovery(8, [7, 1]), recovery(6, [0, 2])], 10)
     assert [row.moments for row in rows] == [0.3, 0.8, 0.8, 0.5]
     assert [row.alone for row in rows] == pytest.approx([0.3, 0.5, 0.5, 0.2])
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_two_ranks_save_as_often_and_as_much_as_measured_costs_and_a_budget_ask_for(corpus: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    often = ("checkpoint.every_steps=3", "checkpoint.mean_hours_between_failures=0.01")
+    with Job(2, small_run(corpus, run, 24, "checkpoint=plt_budget", *often), tmp_path / "log") as job:
+        assert job.end() == 0, job.output()
+    commits = [record for record in records(run) if "checkpoint/plt_if_fault" in record]
+    assert len(commits) > 2
+    assert all(record["checkpoint/failures"] == 0 for record in records(run) if "checkpoint/failures" in record)
+    assert all(float(record["checkpoint/plt_if_fault"]) <= 0.0375 for record in commits)
+    assert committed_steps(run)[0] == 24
