@@ -163,44 +163,45 @@ def check_round_trip(contender: Contender, live: Live) -> None:
 
 @dataclass
 class Iterations:
-    """Seconds of every counted iteration of one contender, and what of them it stalled. One list a round."""
+    """Seconds of every counted iteration of one contender; what of them the calls took that start a save, and those that wait for one.
+    One list a round."""
 
     whole: list[list[float]]
-    stalled: list[list[float]]
+    starting: list[list[float]]
+    waiting: list[list[float]]
 
 
-def train_block(trainer: Trainer, contender: Contender, iterations: int, first_step: int) -> tuple[list[float], list[float]]:
+def train_block(trainer: Trainer, contender: Contender, iterations: int, first_step: int) -> tuple[list[float], list[float], list[float]]:
     """`iterations` in a row with a save at the start of each; one more before them fills the pipe and is not counted."""
-    whole, stalled = [], []
-    for number in range(iterations + 1):
-        stall = 0.0
+    whole, starting, waiting = list[float](), list[float](), list[float]()
 
-        def timed(call: Callable[[], None]) -> None:
-            nonlocal stall
-            started = time.perf_counter()
-            call()
-            stall += time.perf_counter() - started
-
+    def before_update() -> None:
         started = time.perf_counter()
-        timed(partial(contender.save, first_step + number))
-        trainer.step(lambda timed=timed: timed(contender.before_update))
+        contender.before_update()
+        waiting.append(time.perf_counter() - started)
+
+    for number in range(iterations + 1):
+        started = time.perf_counter()
+        contender.save(first_step + number)
+        starting.append(time.perf_counter() - started)
+        trainer.step(before_update)
         whole.append(time.perf_counter() - started)
-        stalled.append(stall)
         contender.tidy()
     contender.drain()
     trainer.live.world.barrier("the block is over")
-    return whole[1:], stalled[1:]
+    return whole[1:], starting[1:], waiting[1:]
 
 
 def stalls(trainer: Trainer, contenders: list[Contender], size: Size) -> dict[str, Iterations]:
     """Interleaved: every round all contenders, each time beginning with the next one."""
-    found = {contender.name: Iterations([], []) for contender in contenders}
+    found = {contender.name: Iterations([], [], []) for contender in contenders}
     step = 100
     for round in range(size.rounds):
         for contender in contenders[round % len(contenders) :] + contenders[: round % len(contenders)]:
-            whole, stalled = train_block(trainer, contender, size.iterations, step)
+            whole, starting, waiting = train_block(trainer, contender, size.iterations, step)
             found[contender.name].whole.append(whole)
-            found[contender.name].stalled.append(stalled)
+            found[contender.name].starting.append(starting)
+            found[contender.name].waiting.append(waiting)
             step += size.iterations + 1
     return found
 
@@ -291,9 +292,7 @@ def recoveries(trainer: Trainer, contenders: list[Contender], size: Size, cold: 
     )
     files = [ours.folder / "objects" / name / "c.0" for name in sorted(mine)]
     files = [path for path in files if path.exists()]
-    readers: dict[str, Callable[[], object]] = {
-        contender.name: contender.load for contender in contenders if not isinstance(contender, Nothing)
-    }
+    readers: dict[str, Callable[[], object]] = {contender.name: contender.load for contender in contenders}
     readers[f"{OURS}: list"] = lambda: choose(ours.folder, Io(), glance)
     readers[f"{OURS}: read and verify"] = lambda: check(folder, share, check_object)
     readers["raw read"] = lambda: read_raw(files)
@@ -359,8 +358,9 @@ def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
             check_round_trip(contender, trainer.live)
         iterations = stalls(trainer, contenders, size)
         files = {contender.name: sum(path.stat().st_size for path in contender.files()) for contender in contenders}
-        writes = write_rates(trainer, contenders, size, folder)
-        reads = {"cold": recoveries(trainer, contenders, size, True), "warm": recoveries(trainer, contenders, size, False)}
+        timed = [contender for contender in contenders if not isinstance(contender, DcpAsync | Nothing)]
+        writes = write_rates(trainer, timed, size, folder)
+        reads = {"cold": recoveries(trainer, timed, size, True), "warm": recoveries(trainer, timed, size, False)}
         failures = {contender.name: contender.failures for contender in contenders if isinstance(contender, Ours)}
         for contender in contenders:
             contender.close()
@@ -401,12 +401,7 @@ def summary(found: list[dict]) -> dict[str, dict[str, float]]:
     base = [statistics.median(block) for block in found[0]["iterations"][BASE]["whole"]]
     for name, blocks in found[0]["iterations"].items():
         ratios = [statistics.median(block) / plain for block, plain in zip(blocks["whole"], base, strict=True)]
-        shares = [
-            stall / plain
-            for rank in found
-            for block, plain in zip(rank["iterations"][name]["stalled"], base, strict=True)
-            for stall in block
-        ]  # fmt: skip
+        shares = [stall / plain for rank in found for stall, plain in stalls_of(rank["iterations"][name], base)]
         rows[name] = {
             "stall_p50": float(np.percentile(shares, 50)),
             "stall_p99": float(np.percentile(shares, 99)),
@@ -416,6 +411,13 @@ def summary(found: list[dict]) -> dict[str, dict[str, float]]:
             "memory": found[0]["memory"][name],
         }
     return rows
+
+
+def stalls_of(blocks: dict[str, list[list[float]]], base: list[float]) -> Iterator[tuple[float, float]]:
+    """What every iteration stalled, and the median iteration without checkpoints of its round."""
+    for starting, waiting, plain in zip(blocks["starting"], blocks["waiting"], base, strict=True):
+        for start, wait in zip(starting, waiting, strict=True):
+            yield start + wait, plain
 
 
 def paired(ranks: list[dict[str, list[float]]], name: str, other: str) -> dict[str, float]:
@@ -458,9 +460,8 @@ def lines(found: list[dict]) -> Iterator[str]:
     for title, groups in (("write", {"": found[0]["writes"]}), ("read", found[0]["reads"])):
         for state_of, group in groups.items():
             for name in group:
-                if group[name] and name not in (BASE, AGAIN):
-                    seconds = statistics.median(group[name])
-                    yield f"{title} {state_of:5} {name:30} {seconds:8.3f} s" + ("" if "list" in name else f" {size / seconds:7.2f} GB/s")
+                seconds = statistics.median(group[name])
+                yield f"{title:5} {state_of:5} {name:30} {seconds:8.3f} s" + ("" if "list" in name else f" {size / seconds:7.2f} GB/s")
     for name, ratio in rates(found).items():
         yield f"{name:45} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"
     yield f"given up: {found[0]['failures']}"

@@ -54,13 +54,13 @@ def test_shares_are_of_the_iteration_without_checkpoints_of_the_same_round():
     def rank(stalls: list[list[float]]) -> dict:
         return {
             "iterations": {
-                BASE: {"whole": [[1.0, 1.0], [2.0, 2.0]], "stalled": [[0.0, 0.0], [0.0, 0.0]]},
-                "x": {"whole": [[1.5, 1.5], [2.2, 2.2]], "stalled": stalls},
+                BASE: {"whole": [[1.0, 1.0], [2.0, 2.0]], "starting": [[0.0, 0.0], [0.0, 0.0]], "waiting": [[0.0, 0.0], [0.0, 0.0]]},
+                "x": {"whole": [[1.5, 1.5], [2.2, 2.2]], "starting": [[0.1, 0.1], [0.1, 0.1]], "waiting": stalls},
             },
             "bytes": {"x": 7}, "memory": {BASE: 0, "x": 9},
         }  # fmt: skip
 
-    row = summary([rank([[0.1, 0.1], [0.2, 0.2]]), rank([[0.1, 0.5], [0.2, 0.2]])])["x"]
+    row = summary([rank([[0.0, 0.0], [0.1, 0.1]]), rank([[0.0, 0.4], [0.1, 0.1]])])["x"]
     assert (row["stall_p50"], row["stall_max"], row["bytes_per_rank"], row["memory"]) == (0.1, 0.5, 7, 9)
     assert row["slow_down"] == pytest.approx((0.5 + 0.1) / 2)
 
