@@ -111,15 +111,19 @@ class CheckpointFolder:
     # receipts and outcomes
 
     def put_receipt(self, save: SaveId, rank: int, receipt: dict) -> None:
-        self.io.create(self._receipts / str(save) / f"{rank:05d}.json", seal(json.dumps(receipt, separators=(",", ":")).encode()))
+        content = json.dumps({"save": str(save), "of": rank, "receipt": receipt}, separators=(",", ":")).encode()
+        self.io.create(self._receipts / str(save) / f"{rank:05d}.json", seal(content))
 
     def receipt(self, save: SaveId, rank: int) -> dict | None:
         """What the rank has handed in; None while it has not. Raises CheckpointError when damaged."""
         path = self._receipts / str(save) / f"{rank:05d}.json"
         try:
-            return unseal(self.io.read(path), str(path))
+            found = unseal(self.io.read(path), str(path))
         except FileNotFoundError:
             return None
+        if (found.get("save"), found.get("of")) != (str(save), rank):
+            raise CheckpointError(f"{path} is the receipt of another rank or save.")
+        return found["receipt"]
 
     def abandon(self, save: SaveId, reason: str, needs_full: bool = False) -> None:
         """Says for good that this save will not be committed, then removes what was written for it. Nothing happens when it was
@@ -199,6 +203,14 @@ class CheckpointFolder:
         newest = next(iter(self.saves()), SaveId(0, 0))
         late = {save for folder in (self._receipts, self._objects) for name in self.io.list(folder) if (save := SaveId.parse(name))}
         return sorted((save for save in late if save > newest and self.outcome(save) is None), reverse=True)
+
+    def gaps(self) -> list[SaveId]:
+        """Recovery points that somebody removed: a younger one was built on each, and older ones, which a sweep would have taken first,
+        are still there."""
+        points = [point for point in self.history() if isinstance(point, Manifest)]
+        unpinned = set(self.saves()) - set(self.pins().values())
+        parents = {point.parent for point in points if point.parent} - set(self.saves())
+        return sorted((parent for parent in parents if any(save < parent for save in unpinned)), reverse=True)
 
     # room
 

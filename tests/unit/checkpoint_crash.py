@@ -10,9 +10,11 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
+from random import Random
 
 import numpy as np
 
@@ -31,7 +33,7 @@ from moetrain.store.manifest import Manifest, Piece, SaveId, Tensor
 from moetrain.store.objects import CheckpointFolder
 
 BANK = "blocks.0.moe.experts"
-SIZE = 50
+SIZE = 1500
 
 
 def parts() -> list[Part]:
@@ -43,18 +45,31 @@ def parts() -> list[Part]:
     return made
 
 
-def prepare(folder: Path, save: SaveId, version: int, arena: memoryview) -> SaveJob:
-    """The job of one process that saves the state of `version`: every value of every tensor is the version."""
-    newest = next((point for point in CheckpointFolder(folder, Io()).history() if isinstance(point, Manifest)), None)
+def value_of(tensor: Tensor, version: int) -> np.ndarray:
+    """The values of a tensor in the state of a version: no two are alike."""
+    which = (0 if tensor.expert is None else 1 + tensor.expert) * 2 + (tensor.component == "m")
+    return np.arange(SIZE, dtype=np.float32) + SIZE * (which + 8 * version)
+
+
+def prepare(
+    folder: Path, save: SaveId, version: int, arena: memoryview, io: Io | None = None, keep: int = 2, rank: int = 0, world: int = 1
+) -> SaveJob:
+    """The job of one rank that saves the state of `version`. Every rank holds all of it and writes the parts whose turn it is."""
+    newest = next((point for point in CheckpointFolder(folder, io or Io()).history() if isinstance(point, Manifest)), None)
     selection = None if newest is None else rotation(version, {BANK: 3}, 1)
     all_parts = parts()
-    mine = [number for number, part in enumerate(all_parts) if is_written(part.tensor, "experts", selection)]
+    written = [number for number, part in enumerate(all_parts) if is_written(part.tensor, "experts", selection)]
+    mine = [number for number in written if number // 2 % world == rank]
     plans, _ = lay_out([all_parts[number] for number in mine])
     for plan in plans:
-        np.frombuffer(arena, np.float32, plan.size, plan.offset)[:] = version
+        values = np.frombuffer(arena, np.float32, plan.size, plan.offset)
+        for tensor in plan.tensors:
+            values[tensor.pieces[0].start :][:SIZE] = value_of(tensor, version)
     held = [replace(part.tensor, pieces=()) for number, part in enumerate(all_parts) if number not in mine]
     parent = newest.save if newest else None
-    return SaveJob(str(folder), save, parent, 0, 1, version, version, "experts", selection, plans, held, {"step": version}, 2, 30.0)
+    limit = 30.0 if world == 1 else 0.3  # a rank that was killed is not waited for
+    values = (version, version, "experts", selection, plans, held, {"step": version}, keep, limit)
+    return SaveJob(str(folder), save, parent, rank, world, *values)
 
 
 def save_here(folder: Path, version: int, io: Io) -> Reply:
@@ -64,17 +79,26 @@ def save_here(folder: Path, version: int, io: Io) -> Reply:
     return handle(prepare(folder, save, version, arena), arena, io, SystemClock(), lambda: True)
 
 
-def restored_step(folder: Path) -> int:
+def restored_step(folder: Path, io: Io | None = None) -> int:
     """The step that recovery comes to; every value is compared with what that recovery point says of its age."""
-    choice = choose(folder, Io())
+    io = io or Io()
+    choice = choose(folder, io)
     assert choice is not None
     assert not choice.damage, choice.damage
-    for tensor in choice.manifest.tensors.values():
-        (piece,) = tensor.pieces
-        values = ArrayReader(folder / "objects" / piece.object, Io()).read(piece.start, SIZE)
-        assert (values == choice.manifest.objects[piece.object].step).all(), tensor.key
-        assert tensor.expert is not None or values[0] == choice.manifest.step
+    check_values(folder, choice.manifest, io)
     return choice.manifest.step
+
+
+def check_values(folder: Path, manifest: Manifest, io: Io) -> None:
+    """Every value is what a save of its object's step wrote."""
+    for name, record in manifest.objects.items():
+        reader = ArrayReader(folder / "objects" / name, io)
+        values = reader.read(0, reader.size)
+        for tensor in manifest.tensors.values():
+            (piece,) = tensor.pieces
+            if piece.object == name:
+                assert np.array_equal(values[piece.start :][:SIZE], value_of(tensor, record.step)), tensor.key
+                assert tensor.expert is not None or record.step == manifest.step
 
 
 def leaks(folder: Path) -> list[str]:
@@ -84,35 +108,123 @@ def leaks(folder: Path) -> list[str]:
     return sorted(objects) + sorted(str(path) for path in folder.rglob(".*"))
 
 
-def kill_at_every_hook(folder: Path) -> dict:
+def killer(after: int) -> Io:
+    """File operations, of which the one after `after` kills the process. Reads do not count: a kill there equals one at the next."""
+    left = [after]
+
+    def hook(operation: str, path: Path) -> None:
+        left[0] -= operation not in ("read", "list")
+        if left[0] < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return Io(hook)
+
+
+def forked(work: Callable[[], Reply]) -> int:
+    """The process of a child that does one save; its exit status is 0 when that was committed or written."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if work().outcome in ("committed", "written") else 1)
+    return child
+
+
+def ended(child: int) -> int | None:
+    """Waits for a child. Its exit status; None when it was killed."""
+    _, status = os.waitpid(child, 0)
+    return os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+
+
+def settled(trial: Path, version: int, world: int = 1) -> None:
+    """The next two jobs save as if nothing had happened, and nothing is left behind."""
+    for later in (version + 1, version + 2):  # a half-made claim is swept by the job after the one that takes its number
+        if world == 1:
+            assert save_here(trial, later, Io()).outcome == "committed"
+        else:
+            assert [ended(child) for child in save_by_ranks(trial, later, [Io()] * world)] == [0] * world
+        assert restored_step(trial) == later
+    assert leaks(trial) == [], leaks(trial)
+
+
+def kill_at_every_hook(folder: Path, first: int = 3) -> dict:
+    """`first`: the last version before the kills; what is inherited from where depends on it."""
     base = folder / "base"
-    for version in (1, 2, 3):
+    for version in range(1, first + 1):
         assert save_here(base, version, Io()).outcome == "committed"
     steps = []
     for number in count():
         trial = folder / f"trial-{number}"
         shutil.copytree(base, trial)
-        left = [number]
-
-        def hook(operation: str, path: Path, left: list[int] = left) -> None:
-            left[0] -= operation not in ("read", "list")  # these change nothing: a kill there equals one at the next operation
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if save_here(trial, 4, Io(hook)).outcome == "committed" else 1)
-        _, status = os.waitpid(child, 0)
+        status = ended(forked(lambda trial=trial, number=number: save_here(trial, first + 1, killer(number))))
         step = restored_step(trial)
-        for version in (5, 6):  # a half-made claim is swept by the job after the one that takes its number
-            assert save_here(trial, version, Io()).outcome == "committed"
-            assert restored_step(trial) == version
-        assert leaks(trial) == [], leaks(trial)
+        settled(trial, first + 1)
         shutil.rmtree(trial)
-        if os.WIFEXITED(status):
-            return {"steps": steps, "final": step, "exit": os.WEXITSTATUS(status)}
+        if status is not None:
+            shutil.rmtree(base)
+            return {"steps": steps, "final": step, "exit": status}
         steps.append(step)
     raise AssertionError
+
+
+def kill_at_random_times(folder: Path, runs: int, random: Random) -> list[int]:
+    """What was restored, as the distance to the version before the kill: 0 or 1."""
+    base = folder / "base"
+    for version in (1, 2, 3):
+        started = time.monotonic()
+        assert save_here(base, version, Io()).outcome == "committed"
+    longest, found = 2.0 * (time.monotonic() - started), []
+    for run in range(runs):
+        trial = folder / f"trial-{run}"
+        shutil.copytree(base, trial)
+        child = forked(lambda trial=trial: save_here(trial, 4, Io()))
+        time.sleep(random.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+        ended(child)
+        found.append(restored_step(trial) - 3)
+        settled(trial, 4)
+        shutil.rmtree(trial)
+    shutil.rmtree(base)
+    return found
+
+
+def save_by_ranks(folder: Path, version: int, ios: Sequence[Io]) -> list[int]:
+    """The processes of the ranks of one job that begins now and saves once."""
+    save = CheckpointFolder(folder, Io()).claim(0.0)
+    world = len(ios)
+
+    def work(rank: int, io: Io) -> Reply:
+        arena = memoryview(bytearray(1 << 16))
+        return handle(prepare(folder, save, version, arena, rank=rank, world=world), arena, io, SystemClock(), lambda: True)
+
+    return [forked(lambda rank=rank, io=io: work(rank, io)) for rank, io in enumerate(ios)]
+
+
+def kill_pairs(folder: Path, runs: int, random: Random) -> dict:
+    """Two ranks; one of them or both are killed, at a numbered operation or at a random time."""
+    base, found = folder / "base", {"last": 0, "new": 0, "one": 0, "both": 0}
+    for version in (1, 2, 3):
+        started = time.monotonic()
+        assert [ended(child) for child in save_by_ranks(base, version, [Io(), Io()])] == [0, 0]
+    longest = 1.5 * (time.monotonic() - started)
+    for run in range(runs):
+        trial = folder / f"trial-{run}"
+        shutil.copytree(base, trial)
+        victims = random.choice(([0], [1], [0, 1]))
+        if run % 2:
+            children = save_by_ranks(trial, 4, [killer(random.randrange(60)) if rank in victims else Io() for rank in (0, 1)])
+        else:
+            children = save_by_ranks(trial, 4, [Io(), Io()])
+            time.sleep(random.uniform(0, longest))
+            for rank in victims:
+                os.kill(children[rank], signal.SIGKILL)
+        for child in children:
+            ended(child)
+        found["last" if restored_step(trial) == 3 else "new"] += 1
+        assert restored_step(trial) in (3, 4)
+        found["both" if len(victims) > 1 else "one"] += 1
+        settled(trial, 4, world=2)
+        shutil.rmtree(trial)
+    shutil.rmtree(base)
+    return found
 
 
 def train(folder: Path) -> None:
