@@ -17,6 +17,7 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from moetrain.store.objects import CheckpointFolder, Superseded, resolve
 from moetrain.store.s3 import S3Backend
+from tests.unit.checkpoint_kit import Job, assert_equal, expected
 from tests.unit.store_s3_server import BUCKET, Faults, s3_server
 from tests.unit.test_store_objects import manifest
 
@@ -231,3 +232,13 @@ def test_late_lists_cost_no_fence_and_no_object(faults):
     folder.sweep(1, SaveId(3, 3))
     assert folder.saves() == [SaveId(3, 3)]
     folder.open(names[1])
+
+
+def test_a_job_saves_to_an_object_store_and_resumes_from_it_in_another_layout(faults):
+    job = Job(ROOT, 2, 2, experts_per_save=1)
+    for version in (1, 2, 3):
+        assert all(pending.committed for pending in job.save(version))
+    report, whole = Job(ROOT, 3, 1).load("must")
+    assert report is not None
+    assert report.step == 3
+    assert_equal(whole, expected(3, {group: 3 - age for group, age in report.ages.items()}))
