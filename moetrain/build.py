@@ -83,7 +83,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         remember_job(folder, os.environ)
     checkpoint = Checkpointer(
         folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather,
-        turns=Turns(config.checkpoint, horizon(config, progress.total_steps)),
+        turns=Turns(config.checkpoint, horizon(config, progress.total_steps)), board=world.board(),
     )  # fmt: skip
     report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)
     if world.is_main:

@@ -1,53 +1,194 @@
-"""A piece of node memory that the trainer fills and its writer process reads: an unlinked file, so nothing is left when both are gone."""
+"""The memory of a node that its agent owns: slots, plain files on shared memory that ranks and agent map. No torch.
 
+One slot holds one object of one save. Slots are used again for objects of the same size, so that a copy meets no page that is not there.
+"""
+
+import hashlib
 import mmap
 import os
+import secrets
 import tempfile
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from enum import Enum
 from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
 
+SHARED_MEMORY = Path("/dev/shm")
 
-def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written there; 0 when there is no such folder."""
-    if not folder.is_dir():
-        return 0
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+
+class State(Enum):
+    """Why a slot is held. One that nobody holds is free; a held one is never filled again."""
+
+    FREE = 0
+    FILLING = 1  # by a rank
+    READY = 2  # part of a generation
+    PERSISTING = 3  # being written to the store, or sent to the partner
+    RECOVERY = 4  # being read by a rank
 
 
 def usual_folders() -> tuple[Path, ...]:
     """Shared memory first, then the folder for temporary files."""
-    return Path("/dev/shm"), Path(tempfile.gettempdir())
+    return SHARED_MEMORY, Path(tempfile.gettempdir())
+
+
+def arena_folder(checkpoint: Path, folder: str = "") -> Path:
+    """Where the arena of a run lies on this node. The same for every rank, and for a later start of the run."""
+    name = f"moetrain-{os.getuid()}-{hashlib.sha256(os.fsencode(checkpoint)).hexdigest()[:16]}"
+    if folder:
+        return Path(folder).absolute() / name
+    usable = (base for base in usual_folders() if base.is_dir() and os.access(base, os.W_OK))
+    return next(usable, Path(tempfile.gettempdir())) / name
+
+
+def own_folder(path: Path) -> Path:
+    """Makes a folder that nobody else can look into. Raises CheckpointError when it is another user's."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o077 or path.is_symlink():
+        raise CheckpointError(f"{path} belongs to somebody else or is open to others.", "Remove it, or set checkpoint.agent.folder.")
+    return path
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that can still be written there; 0 when there is no such folder. What lies on shared memory must fit the machine's too."""
+    if not folder.is_dir():
+        return 0
+    found = os.statvfs(folder)
+    room = found.f_bavail * found.f_frsize
+    return min(room, available_memory()) if folder.is_relative_to(SHARED_MEMORY) else room
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping, less a reserve of 5 % for everybody else."""
+    with open("/proc/meminfo") as lines:
+        found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB\n")}
+    return max(0, found["MemAvailable"] - found["MemTotal"] // 20)
+
+
+def slot_bytes(num_bytes: int) -> int:
+    """Whole pages."""
+    return -(-max(num_bytes, 1) // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def map_slot(path: str) -> mmap.mmap:
+    """All of a slot, its pages present. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return mmap.mmap(descriptor, 0, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+    finally:
+        os.close(descriptor)
+
+
+class NoRoom(CheckpointError):
+    """The arena has no slots for a copy now."""
+
+
+class Slot:
+    """A file and this process's view of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.memory = map_slot(path)
+        self.num_bytes = len(self.memory)
+        self.holds: Counter[State] = Counter()
+
+    @property
+    def state(self) -> State:
+        return max(self.holds, key=lambda state: state.value, default=State.FREE)
 
 
 class Arena:
-    """Memory of at least `num_bytes`, reserved in full: writing to it never fails. `descriptor` may be sent to another process."""
+    """The slots of one node and run. Not thread-safe: the agent holds its lock."""
 
-    def __init__(self, num_bytes: int, folders: Sequence[Path], free: Callable[[Path], int] = free_bytes) -> None:
-        """Raises CheckpointError when none of the folders has room."""
-        self.num_bytes = max(num_bytes, mmap.PAGESIZE)
-        self.descriptor = self._reserve(folders, free)
-        self.memory = mmap.mmap(self.descriptor, self.num_bytes)
+    def __init__(self, folders: Sequence[Path], free: Callable[[Path], int] = free_bytes) -> None:
+        """`folders`: where slots may lie, the best first; made when needed."""
+        self.folders, self._free = folders, free
+        self.slots: dict[str, Slot] = {}
 
-    def _reserve(self, folders: Sequence[Path], free: Callable[[Path], int]) -> int:
-        for folder in folders:
-            if free(folder) < self.num_bytes:
+    @property
+    def num_bytes(self) -> int:
+        return sum(slot.num_bytes for slot in self.slots.values())
+
+    def reserve(self, sizes: Sequence[int]) -> list[Slot]:
+        """A slot for each number of bytes, held as FILLING. Raises NoRoom and holds nothing when they do not all fit."""
+        spare: dict[int, list[Slot]] = defaultdict(list)
+        for slot in self.slots.values():
+            if slot.state is State.FREE:
+                spare[slot.num_bytes].append(slot)
+        taken: list[Slot] = []
+        try:
+            for size in map(slot_bytes, sizes):
+                slot = spare[size].pop() if spare[size] else self._new(size, spare)
+                self.hold([slot], State.FILLING)
+                taken.append(slot)
+        except NoRoom:
+            self.release(taken, State.FILLING)
+            raise
+        return taken
+
+    def hold(self, slots: Iterable[Slot], state: State) -> None:
+        for slot in slots:
+            slot.holds[state] += 1
+
+    def release(self, slots: Iterable[Slot], state: State) -> None:
+        for slot in slots:
+            slot.holds[state] -= 1
+            if not slot.holds[state]:
+                del slot.holds[state]
+
+    def adopt(self, path: str) -> Slot:
+        """A slot that an agent before this one made. Raises OSError."""
+        if path not in self.slots:
+            self.slots[path] = Slot(path)
+        return self.slots[path]
+
+    def remove_strangers(self) -> None:
+        """Unlinks files that are no slot of this arena; whoever has mapped one keeps its pages to himself."""
+        for folder in self.folders:
+            if folder.is_dir():
+                for name in os.listdir(folder):
+                    if str(folder / name) not in self.slots:
+                        (folder / name).unlink()
+
+    def room(self) -> int:
+        """Bytes that could be reserved now."""
+        free = sum(slot.num_bytes for slot in self.slots.values() if slot.state is State.FREE)
+        return free + max((self._free(folder.parent.parent) for folder in self.folders), default=0)
+
+    def _new(self, size: int, spare: dict[int, list[Slot]]) -> Slot:
+        slot = self._create(size)
+        while slot is None and any(spare.values()):  # of sizes that are not asked for any more
+            old = next(slots for slots in spare.values() if slots).pop()
+            del self.slots[old.path]
+            os.unlink(old.path)
+            slot = self._create(size)
+        if slot is None:
+            room = ", ".join(f"{self._free(folder.parent.parent) / 1e9:.1f} GB in {folder.parent.parent}" for folder in self.folders)
+            raise NoRoom(
+                f"A checkpoint copy of {size / 1e9:.2f} GB more fits nowhere: there is {room}.",
+                "Make room, raise the container's --shm-size, set checkpoint.snapshot_experts, or use more ranks.",
+            )
+        return slot
+
+    def _create(self, size: int) -> Slot | None:
+        for folder in self.folders:
+            if self._free(folder.parent.parent) < size:
                 continue
+            own_folder(folder.parent)
+            own_folder(folder)
+            path = folder / secrets.token_hex(8)
             try:
-                with tempfile.TemporaryFile(dir=folder) as file:  # never has a name, or loses it at once
-                    os.posix_fallocate(file.fileno(), 0, self.num_bytes)
-                    return os.dup(file.fileno())
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                try:
+                    os.posix_fallocate(descriptor, 0, size)  # in full: writing to it never fails
+                finally:
+                    os.close(descriptor)
+                slot = self.slots[str(path)] = Slot(str(path))
+                return slot
             except OSError:
-                continue
-        room = ", ".join(f"{free(folder) / 1e9:.1f} GB in {folder}" for folder in folders)
-        raise CheckpointError(
-            f"A checkpoint copy of {self.num_bytes / 1e9:.1f} GB fits nowhere: there is {room}.",
-            "Make room, raise the container's --shm-size, or use more ranks.",
-        )
-
-    def close(self) -> None:
-        """Gives the memory back once the other process has closed it too. No view of it may be left."""
-        self.memory.close()
-        os.close(self.descriptor)
+                with suppress(OSError):
+                    path.unlink()
+        return None

@@ -1,34 +1,45 @@
 """Saving a run while it trains, and resuming it. Every rank calls the same methods; saving needs no collective.
 
-A save passes through three hands: a thread copies live state into the arena, the rank's writer process makes objects of it,
-rank 0's writer commits. The training thread waits for the first only, and only before it changes the state: no disk is touched before.
+A save passes through two lanes. The memory lane copies live state into slots of the node's agent, from where it outlives this process;
+the training thread waits for the copy only, and only before it changes the state. The persist lane writes the experts whose turn it is
+from those slots to the store, while the next copies are made.
 """
 
+import secrets
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.base.log import logger
-from moetrain.checkpoint.arena import Arena, usual_folders
+from moetrain.checkpoint.accord import Accord, Decision
+from moetrain.checkpoint.arena import NoRoom
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of, shown
+from moetrain.checkpoint.course import Course, Line, banks_of
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
+from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.ledger import Ledger
-from moetrain.checkpoint.modes import Selection, is_derived
-from moetrain.checkpoint.plan import Holding, holdings_of, lay_out, merged, my_parts
-from moetrain.checkpoint.process import Writer, WriterDied, WriterProcess
-from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together
+from moetrain.checkpoint.modes import is_derived, is_written
+from moetrain.checkpoint.plan import Holding, Part, holdings_of, lay_out, merged, my_parts
+from moetrain.checkpoint.process import AgentDied, Connect, Launcher, NodeMemory
+from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together, together
+from moetrain.checkpoint.source import Memory
 from moetrain.checkpoint.turns import Figures, Homes, Horizon, Turns, homes_of
+from moetrain.dist.board import Board, DictBoard
 from moetrain.model.state import ModelState
+from moetrain.store.encode import stored_dtype
 from moetrain.store.io import Io
-from moetrain.store.manifest import SaveId
+from moetrain.store.manifest import Manifest, SaveId
 from moetrain.store.objects import CheckpointFolder
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
-PATIENCE_SECONDS = 5.0  # a save that comes while the one before it still runs holds up training no longer than this
+PATIENCE_SECONDS = 5.0  # a save that hears nothing of rank 0 holds up training no longer than this
+READY_SECONDS = 0.5  # what a save that goes to the store grants the copy before it to be known everywhere
+REPLICA_SECONDS = 120.0  # a partner that takes longer for one generation is given up for it
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class Status:
     committed_step: int | None = None
     pending_seq: int | None = None
     committed_bytes: int = 0
-    committed_seconds: float = 0.0  # from the filled arena to the commit
+    committed_seconds: float = 0.0  # from the copy in memory to the commit
+    copied_step: int | None = None  # newest copy in the memory of this node
     oldest_expert_steps: int = 0
     figures: Figures = field(default_factory=Figures)
     failures: int = 0
@@ -51,30 +63,28 @@ class Status:
 
 
 @dataclass(frozen=True)
-class Line:
-    """Where the line of recovery points stands that the next save continues. `banks` None: nothing to build on, save in full.
+class Order:
+    """What a caller of `save` asked for."""
 
-    `ledger`: as its newest recovery point holds it; after a recovery with what that lost.
-    """
-
-    parent: SaveId | None = None
-    index: int = 0
-    banks: dict[str, int] | None = None
-    ledger: Ledger | None = None
+    full: bool
+    persists: bool
+    expected_faults: float
 
 
 class Pending:
     """One save under way."""
 
-    def __init__(self, save: SaveId, step: int, ledger: Ledger, expected_faults: float) -> None:
+    def __init__(self, save: SaveId, step: int, ledger: Ledger, order: Order) -> None:
         self.save = save
         self.step = step
         self.ledger = ledger  # counted up to this step
-        self.expected_faults = expected_faults
+        self.order = order
+        self.is_queued = False  # rank 0: it has one of the places in the persist lane
         self.committed = False
         self.reason = ""  # why it was given up
         self.error: Exception | None = None  # what the training thread must hear about
         self.copied = threading.Event()
+        self.safe = threading.Event()  # the copy outlives this process, and with a partner this node
         self.done = threading.Event()
 
     @property
@@ -94,30 +104,35 @@ class Checkpointer:
     """
 
     def __init__(
-        self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, writer: Writer | None = None,
-        gather: Gather | None = None, turns: Turns | None = None,
+        self, folder: Path, config: CheckpointConfig, rank: int, world: int, agree: Agree, clock: Clock, connect: Connect | None = None,
+        gather: Gather | None = None, turns: Turns | None = None, board: Board | None = None,
     ) -> None:  # fmt: skip
-        """Every rank constructs it; `agree` is called once. `writer`: None for the rank's own process; `gather`: None in one process.
+        """Every rank constructs it; `agree` is called once. `connect`: None for the agent of this node; `gather`, `board`: None in one
+        process.
 
         `turns` knows the banks whose tokens are counted; None: nobody counts.
 
         Raises CheckpointError when the folder cannot be written.
         """
+        assert board is not None or world == 1, "ranks agree over a board"
         self._config, self._rank, self._world, self._clock = config, rank, world, clock
         self._gather = gather or (lambda value: [agree(value)])
         self._folder = CheckpointFolder(folder.absolute(), Io())
-        first = from_rank_zero(rank, agree, lambda: str(self._folder.claim(clock.now())))
-        save = SaveId.parse(first or "")
+        first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)}") or ""
+        save = SaveId.parse(first)
         assert save is not None
         self._next = save
-        self._line = Line()
-        self._attempts: dict[SaveId, Line] = {}
-        self._busy = threading.Lock()  # held by the save that owns the arena and the writer
-        self._writer = writer or WriterProcess()
-        self._arena: Arena | None = None
-        self._pending: Pending | None = None
-        self._status = Status()
+        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch)
+        self._accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
+        self._course = Course(self._folder, config, self._turns)
+        self._keep: SaveId | None = None  # rank 0: the newest save that all ranks have in memory,
+        self._open: SaveId | None = None  # and a newer one of which that is not known yet
+        self._copying, self._persisting = Lane("checkpoint-copy"), Lane("checkpoint-persist")
+        self._places = threading.BoundedSemaphore(2)  # rank 0: of a save that is being persisted, and of one that waits for it
+        self._pending: Pending | None = None
+        self._newest: Pending | None = None  # that goes to the store
+        self._status = Status()
         self._ledger = Ledger.of_banks(self._turns.banks)
         self._holdings: list[Holding] | None = None
         self._homes: Homes | None = None
@@ -127,26 +142,28 @@ class Checkpointer:
         if self._turns.banks:
             self._ledger = self._ledger.count(load)
 
-    def save(self, state: ModelState, progress: dict, *, full: bool = False, expected_faults: float = 1.0) -> Pending:
+    def save(
+        self, state: ModelState, progress: dict, *, full: bool = False, persists: bool = True, expected_faults: float = 1.0
+    ) -> Pending:
         """Starts a save and returns at once. `state` may change only after `wait_copied`; `progress` is JSON-able and has `step`.
 
-        `expected_faults`: until the end of the run, the same on every rank; what is left of the PLT budget is divided by it.
+        `persists`: False for a copy in memory only. `expected_faults`: until the end of the run, the same on every rank; what is left of
+        the PLT budget is divided by it.
 
-        A save that cannot be committed (a full disk, a dead writer, a late rank) is given up with a warning; the next one
-        takes the same experts. So is one that finds the save before it still running, except a `full` one, which waits for it.
+        A save that cannot be committed (a full disk, a dead agent, a late rank) is given up with a warning; the next one
+        takes the same experts. One that finds two others on their way to the store stays in memory, except a `full` one.
         Raises CheckpointError when another job has taken over the folder.
         """
-        previous, pending = self._pending, Pending(self._next, int(progress["step"]), self._ledger, expected_faults)
+        previous, order = self._pending, Order(full, persists, expected_faults)
         if previous is not None and previous.error is not None:
             raise previous.error
+        pending = Pending(self._next, int(progress["step"]), self._ledger, order)
         self._next = SaveId(self._next.epoch, self._next.seq + 1)
         self._pending = pending
-        ready = Ready(state)
-        work = threading.Thread(
-            target=self._run, args=(pending, previous, state, dict(progress), full, ready), name=f"checkpoint-{pending.seq}", daemon=True
-        )
-        self._status = replace(self._status, pending_seq=pending.seq)
-        work.start()
+        if persists:
+            self._newest = pending
+            self._status = replace(self._status, pending_seq=pending.seq)
+        self._copying.do(partial(self._run, pending, state, dict(progress), Ready(state)))
         return pending
 
     def wait_copied(self) -> None:
@@ -159,21 +176,18 @@ class Checkpointer:
         return self._status
 
     def finish(self, limit_seconds: float | None = None) -> None:
-        """Waits until the last save is committed and ends the writer process. A later save starts it again.
+        """Waits until the last save is committed and takes leave of the agent, which ends with the last rank. A later save starts it again.
 
         Raises CheckpointError when that save was given up or takes longer than the limit (it may still come to a good end:
-        its writer outlives the trainer).
+        the agent outlives the trainer).
         """
-        pending = self._pending
+        for pending in (self._newest, self._pending):
+            if pending is not None and not pending.done.wait(limit_seconds):
+                raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
+        pending = self._newest
+        self._memory.leave(done=pending is None or pending.committed)
         if pending is None:
             return
-        if not pending.done.wait(limit_seconds) or not self._busy.acquire(timeout=-1 if limit_seconds is None else limit_seconds):
-            raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
-        self._writer.stop()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
-        self._busy.release()
         if pending.error is not None:
             raise pending.error
         if not pending.committed:
@@ -186,7 +200,11 @@ class Checkpointer:
         `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `gather` is called now and then.
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
-        restored = restore_together(self._folder.path, at, state, self._rank, self._world, self._gather)
+        memory = self._look_around(at)
+        restored = restore_together(self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory)
+        self._memory.restored()
+        if at == "never":
+            self._memory.forget()
         self._meet(state)
         if restored is None:
             return None
@@ -196,13 +214,33 @@ class Checkpointer:
         # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
         builds_on = own and not choice.damage and not report.is_converted
         ledger = Ledger.of_json(manifest.ledger, manifest.banks()).restored()
-        self._line = Line(manifest.save, manifest.index + 1, manifest.banks(), ledger) if builds_on else Line(None, manifest.index + 1)
+        line = Line(manifest.save, manifest.index + 1, manifest.banks(), ledger)
+        self._course.continues(Line(None, manifest.index + 1) if not builds_on else self._newest_commit() if choice.is_in_memory else line)
         if ledger.banks == self._turns.banks:
             self._ledger = ledger
         if own:
             figures = self._turns.figures(ledger, 0)
             self._status = replace(self._status, committed_seq=manifest.seq, committed_step=manifest.step, figures=figures)
         return report
+
+    def _newest_commit(self) -> Line:
+        """What the next save refers to when the state came from memory: the store is as it was before."""
+        points = (point for point in self._folder.history() if isinstance(point, Manifest))
+        newest = next(points, None)
+        if newest is None:
+            return Line()
+        return Line(newest.save, newest.index + 1, newest.banks(), Ledger.of_json(newest.ledger, newest.banks()))
+
+    def _look_around(self, at: str) -> Memory:
+        """What lies in the memory of all nodes of this job. Agents that an earlier start left are asked; none is started for it."""
+        if at not in ("auto", "must"):
+            return Memory([], None)
+        own = self._memory.list()
+        answers = together(lambda: own, self._gather)
+        if len(answers) != self._world:  # a `gather` that brings rank 0's answer only
+            answers = [own]
+        lists = {found["folder"] + str(found["address"]): found for found in answers if isinstance(found, dict)}
+        return Memory(list(lists.values()), own)
 
     def _meet(self, state: ModelState) -> None:
         """Every rank learns who holds what, so that from now on all divide a save alike without asking."""
@@ -211,127 +249,199 @@ class Checkpointer:
             said = [[Holding.of_json(found) for found in answer] for answer in answers if isinstance(answer, list)]
             self._holdings = merged(said)
             self._homes = homes_of(self._holdings)
+            self._course.knows(banks_of(holding.group for holding in self._holdings if holding.group))
 
-    # one save, in its own thread
+    # the memory lane
 
-    def _run(self, pending: Pending, previous: Pending | None, state: ModelState, progress: dict, full: bool, ready: Ready) -> None:
+    def _run(self, pending: Pending, state: ModelState, progress: dict, ready: Ready) -> None:
+        job = None
         try:
-            if previous is not None:
-                previous.copied.wait()  # one after the other
-            if not self._busy.acquire(timeout=-1 if full else PATIENCE_SECONDS):
-                pending.copied.set()
-                self._skip(pending, "the save before it was still running.")
-                return
-            try:
-                self._carry_out(pending, state, progress, full, ready)
-            finally:
-                self._busy.release()
+            job = self._remember(pending, state, progress, ready)
         except Exception as error:
             pending.error = error
-        finally:
-            pending.copied.set()
-            pending.done.set()
+        pending.copied.set()
+        if job is None:
+            self._end(pending)
+        else:
+            self._persisting.do(partial(self._persist, pending, job))
 
-    def _carry_out(self, pending: Pending, state: ModelState, progress: dict, full: bool, ready: Ready) -> None:
-        self._status = replace(self._status, pending_seq=pending.seq)
+    def _remember(self, pending: Pending, state: ModelState, progress: dict, ready: Ready) -> SaveJob | None:
+        """Brings this rank's part into memory. Returns what is to be written to the store."""
         try:
-            job, arena = self._copy(pending, state, progress, full, ready)
-            pending.copied.set()
-            self._settle(pending, job, self._answer(job, arena))
-            self._line = self._current_line()  # now, so that the next save need not ask a disk before it copies
+            decision = self._decision(pending, state)
+            if decision.skip:
+                self._skip(pending, decision.skip, is_news=self._rank == 0 or not decision.is_heard)
+                return None
+            job = self._copy(pending, decision, state, progress, ready)
+            self._announce(pending)
+            if decision.persists:
+                return job
+            pending.reason = "it is in memory only: the store was still busy." if pending.order.persists else "it is in memory only."
+        except NoRoom as error:
+            if self._status.copied_step is None:
+                raise  # nothing was ever copied: say so now, not after the first fault
+            self._skip(pending, error.message)
+        except AgentDied as died:
+            self._skip(pending, f"{died}.")
         except OSError as error:
-            self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
-        finally:
+            self._skip(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.")
+        return None
+
+    def _end(self, pending: Pending) -> None:
+        if self._rank == 0 and pending.order.persists:
+            try:
+                self._course.ended(pending.save)
+            except OSError as error:
+                logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be read: {error.strerror}.")
+        if pending.is_queued:
+            self._places.release()
+        if self._status.pending_seq == pending.seq:
             self._status = replace(self._status, pending_seq=None)
+        pending.done.set()
 
-    def _skip(self, pending: Pending, reason: str) -> None:
-        """This rank takes no part in a save, so there will be none; the others hear of it through the folder."""
-        self._fail(pending, reason, warn=True)
-        self._refuse(pending.save, reason)
+    def _skip(self, pending: Pending, reason: str, is_news: bool = True) -> None:
+        """This rank takes no part in a save, so there will be none; the others hear of it from the board and through the folder."""
+        pending.copied.set()
+        self._accord.leave_out(pending.save)
+        if self._rank == 0:
+            self._accord.decide(Decision(pending.save, reason))
+        if pending.order.persists:
+            self._fail(pending, reason, warn=is_news)
+            self._refuse(pending.save, reason)
+        else:
+            pending.reason = reason
 
-    def _copy(self, pending: Pending, state: ModelState, progress: dict, full: bool, ready: Ready) -> tuple[SaveJob, Arena]:
-        """Chooses what this rank writes and copies it into the arena."""
-        line = self._line
-        ledger = self._seen_from(line, pending.ledger)
-        selection = self._selection(line, ledger, full, pending.expected_faults)
-        ledger = ledger.after(selection, self._config.mode)
-        self._attempts[pending.save] = replace(line, ledger=ledger if ledger.total else None)
-        state = shown(state, self._config.mode)
+    def _decision(self, pending: Pending, state: ModelState) -> Decision:
+        if self._rank:
+            heard = self._accord.hear(pending.save, PATIENCE_SECONDS)
+            return heard or Decision(pending.save, "nothing was heard of rank 0.", is_heard=False)
+        decision = self._decide(pending, state)
+        self._accord.decide(decision)
+        return decision
+
+    def _decide(self, pending: Pending, state: ModelState) -> Decision:
+        """Rank 0: what this save is."""
+        save, order = pending.save, pending.order
+        if self._open is not None:
+            complete = self._accord.is_complete(self._open, READY_SECONDS if order.persists else 0.0)
+            if complete is None and not order.persists:
+                return Decision(save, "the copy before it is not in the memory of every rank yet.")
+            self._keep, self._open = self._open if complete else self._keep, None  # what is not known to be complete is given up by all
+        if self._holdings is None and self._world == 1:
+            self._meet(state)
+        pending.is_queued = order.persists and self._places.acquire(blocking=False)
+        persists = pending.is_queued or (order.persists and order.full)
+        attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._homes) if persists else None
+        self._open = save
+        memory_ledger = pending.ledger.after(None, self._config.mode)
+        return Decision(
+            save,
+            keep=self._keep,
+            persists=persists,
+            index=attempt.line.index if attempt else 0,
+            selection=attempt.selection if attempt else None,
+            memory_ledger=memory_ledger.to_json() if memory_ledger.total else {},
+        )
+
+    def _copy(self, pending: Pending, decision: Decision, state: ModelState, progress: dict, ready: Ready) -> SaveJob:
+        """Copies this rank's part into slots; when it returns the agent has it."""
+        mode = self._config.mode
+        state = shown(state, mode)
         parts = parts_of(state)
-        mine = my_parts(parts, self._rank, self._config.mode, selection, self._holdings)
-        plans, num_bytes = lay_out(mine)
-        arena = self._room(num_bytes)
-        objects = copy_fragments(state, plans, arena, ready)
-        written = {part.number for part in mine}
+        mine, extra = self._shares(parts, decision)
+        objects, _ = lay_out(mine)
+        extras, _ = lay_out(extra)
+        plans = [*objects, *extras]
+        slots = self._memory.reserve(pending.save, decision.keep, [plan.size * stored_dtype(plan.dtype).itemsize for plan in plans])
+        plans = copy_fragments(state, plans, list(slots.values()), ready)
+        pending.copied.set()
+        copied = {part.number for part in [*mine, *extra]}
         job = SaveJob(
             folder=str(self._folder.path),
             save=pending.save,
-            parent=line.parent,
+            parent=None if self._rank else self._course.parent,
             rank=self._rank,
             world=self._world,
-            index=line.index,
+            index=decision.index,
             step=pending.step,
-            mode=self._config.mode,
-            selection=selection,
-            objects=objects,
-            tensors=[replace(part.tensor, pieces=()) for part in parts if part.number not in written and not is_derived(part.tensor)],
+            mode=mode,
+            selection=decision.selection,
+            objects=plans[: len(objects)],
+            extras=plans[len(objects) :],
+            in_memory=decision.in_memory,
+            tensors=[replace(part.tensor, pieces=()) for part in parts if part.number not in copied and not is_derived(part.tensor)],
             progress=progress,
             keep=self._config.keep,
             timeout_seconds=self._config.timeout_seconds,
-            ledger=ledger.to_json() if ledger.total else {},
+            ledger=decision.memory_ledger,
         )
-        return job, arena
+        self._memory.filled(job, list(slots))
+        self._status = replace(self._status, copied_step=pending.step)
+        return job
 
-    def _seen_from(self, line: Line, counted: Ledger) -> Ledger:
-        """The live ledger: what was counted, and what the newest commit holds of it."""
-        ledger = counted if counted.total else Ledger.of_banks(line.banks or {})
-        return ledger.since(line.ledger) if line.ledger else ledger
+    def _shares(self, parts: list[Part], decision: Decision) -> tuple[list[Part], list[Part]]:
+        """What this rank copies for the store, and what for memory only."""
+        mode = self._config.mode
+        if not decision.persists:
+            return [], my_parts(parts, self._rank, mode, decision.in_memory, self._holdings)
+        mine = my_parts(parts, self._rank, mode, decision.selection, self._holdings)
+        extra = [
+            part
+            for part in parts
+            if is_written(part.tensor, mode, decision.in_memory) and not is_written(part.tensor, mode, decision.selection)
+        ]
+        return mine, my_parts(extra, self._rank)
 
-    def _selection(self, line: Line, ledger: Ledger, full: bool, expected_faults: float) -> Selection | None:
-        return None if self._is_full(line, full) else self._turns.selection(line.index, ledger, expected_faults, self._homes)
+    def _announce(self, pending: Pending) -> None:
+        """Tells rank 0 that this rank's part is safe: at once, or when the partner has it."""
+        done, trouble = self._memory.replicated(pending.save)
+        if done:
+            self._is_ready(pending, trouble)
+        else:
+            threading.Thread(target=self._wait_for_partner, args=(pending,), name=f"partner-{pending.seq}", daemon=True).start()
 
-    def _current_line(self) -> Line:
-        """Read from the folder, not remembered: every rank sees the same."""
-        line = self._line
-        committed = [save for save in sorted(self._attempts, reverse=True) if self._folder.outcome(save)]
-        if committed:
-            tried = self._attempts[committed[0]]
-            banks = tried.banks or self._banks(committed[0])
-            line = Line(committed[0], tried.index + 1, banks, tried.ledger)
-            later = {save: attempt for save, attempt in self._attempts.items() if save > committed[0]}
-            self._attempts = {committed[0]: replace(tried, banks=banks)} | later
-        if any(self._folder.needs_full(save) for save in self._attempts):
-            return Line(None, line.index)
-        return line
-
-    def _banks(self, save: SaveId) -> dict[str, int] | None:
+    def _wait_for_partner(self, pending: Pending) -> None:
+        deadline, pause = self._clock.monotonic() + REPLICA_SECONDS, FIRST_POLL_SECONDS
+        done, trouble = False, "it took too long."
         try:
-            return self._folder.manifest(save).banks()
-        except CheckpointError as error:
-            logger("checkpoint").warning(f"{error.message} The next checkpoint is a full one.")
-            return None
+            while not done and self._clock.monotonic() < deadline:
+                self._clock.sleep(pause)
+                pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
+                done, found = self._memory.replicated(pending.save)
+                trouble = found if done else trouble
+        except AgentDied as died:
+            self._accord.leave_out(pending.save)
+            logger("checkpoint").warning(f"The copy of step {pending.step} is lost: {died}.")
+            return
+        self._is_ready(pending, trouble)
 
-    def _is_full(self, line: Line, full: bool) -> bool:
-        every = self._config.full_every
-        return full or line.banks is None or self._config.mode == "full" or (every > 0 and line.index % every == 0)
+    def _is_ready(self, pending: Pending, trouble: str) -> None:
+        if trouble:
+            logger("checkpoint").warning(f"The copy of step {pending.step} is in the memory of this node only: {trouble}")
+        self._accord.ready(pending.save)
+        pending.safe.set()
 
-    def _room(self, num_bytes: int) -> Arena:
-        if self._arena is None or self._arena.num_bytes < num_bytes:
-            if self._arena is not None:
-                self._arena.close()
-                self._arena = None
-            self._arena = Arena(num_bytes, usual_folders())
-        return self._arena
+    # the persist lane
 
-    def _answer(self, job: SaveJob, arena: Arena) -> Reply:
+    def _persist(self, pending: Pending, job: SaveJob) -> None:
         try:
-            return self._writer.run(job, arena.descriptor, 3 * job.timeout_seconds)
-        except WriterDied as died:
+            parent, ledger = (None, {}) if self._rank else (self._course.parent, self._course.ledger(job.save))
+            self._settle(pending, job, self._answer(job, parent, ledger), ledger)
+        except OSError as error:
+            self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
+        except Exception as error:
+            pending.error = error
+        self._end(pending)
+
+    def _answer(self, job: SaveJob, parent: SaveId | None, ledger: dict) -> Reply:
+        try:
+            return self._memory.persist(job.save, parent, ledger, 3 * job.timeout_seconds)
+        except AgentDied as died:
             self._refuse(job.save, str(died))
             return Reply("abandoned", f"rank {self._rank}: {died}")
 
     def _refuse(self, save: SaveId, reason: str) -> None:
-        """In the writer's place: rank 0 decides, other ranks hand in an error, so that rank 0 need not wait for the time limit."""
+        """In the agent's place: rank 0 decides, other ranks hand in an error, so that rank 0 need not wait for the time limit."""
         try:
             if self._rank == 0:
                 self._folder.abandon(save, reason)
@@ -340,7 +450,7 @@ class Checkpointer:
         except OSError as error:
             logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be written: {error.strerror}.")
 
-    def _settle(self, pending: Pending, job: SaveJob, reply: Reply) -> None:
+    def _settle(self, pending: Pending, job: SaveJob, reply: Reply, ledger: dict) -> None:
         """Learns from the folder what became of the save."""
         if reply.outcome == "superseded":
             raise CheckpointError(reply.reason, "Stop one of the two jobs, or give them different run names.")
@@ -358,14 +468,14 @@ class Checkpointer:
                 committed_bytes=reply.num_bytes,
                 committed_seconds=reply.seconds,
                 oldest_expert_steps=reply.oldest_expert_steps,
-                figures=self._figures(job),
+                figures=self._figures(job, ledger),
             )
             return
         reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
         self._fail(pending, reason, warn=self._rank == 0 or reply.outcome == "abandoned")
 
-    def _figures(self, job: SaveJob) -> Figures:
-        ledger = Ledger.of_json(job.ledger, {})
+    def _figures(self, job: SaveJob, saved: dict) -> Figures:
+        ledger = Ledger.of_json(saved, {})
         chosen = list((job.selection or {}).values()) or list(ledger.banks.values())
         counts = [experts if isinstance(experts, int) else len(experts) for experts in chosen]
         return self._turns.figures(ledger, max(counts, default=0))

@@ -1,7 +1,7 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -17,6 +17,8 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
+PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
+"""Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
 Look = Callable[[CheckpointFolder, ObjectRecord, list[Piece]], str]
 """What is wrong with an object of which a manifest needs these pieces; "" when nothing is."""
 
@@ -28,6 +30,7 @@ class Choice:
     folder: Path
     manifest: Manifest
     damage: list[str]
+    is_in_memory: bool = False  # and not, or not all of it, in the folder
 
 
 def open_object(folder: CheckpointFolder, record: ObjectRecord) -> ArrayReader:
@@ -87,7 +90,22 @@ def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str,
     return {name: sentence for name, sentence in damage.items() if sentence}
 
 
-def choose(path: Path, io: Io, look: Look = check_object) -> Choice | None:
+def nothing_in_memory(history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:
+    return []
+
+
+def newest_first(on_disk: Sequence[Manifest | CheckpointError], memory: Sequence[Manifest]) -> list[Manifest | CheckpointError]:
+    """All recovery points; of one save the one in memory first, for it may hold more experts of that step."""
+    merged: list[Manifest | CheckpointError] = []
+    left = list(memory)
+    for point in on_disk:
+        while isinstance(point, Manifest) and left and left[0].save >= point.save:
+            merged.append(left.pop(0))
+        merged.append(point)
+    return merged + left
+
+
+def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMemory = nothing_in_memory) -> Choice | None:
     """The newest recovery point of a checkpoint folder that can be restored in full; None when there never was one.
 
     An expert whose object is damaged comes from the newest older recovery point that has a good version of all of it; when none
@@ -95,7 +113,9 @@ def choose(path: Path, io: Io, look: Look = check_object) -> Choice | None:
     Raises CheckpointError when none is left.
     """
     folder = CheckpointFolder(path, io)
-    history = list(folder.history())
+    on_disk = list(folder.history())
+    memory = in_memory(on_disk)
+    history = newest_first(on_disk, memory)
     look = remembered(look)
     damage: list[str] = []
     for number, manifest in enumerate(history):
@@ -107,7 +127,7 @@ def choose(path: Path, io: Io, look: Look = check_object) -> Choice | None:
         older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
         repaired = repair(folder, manifest, bad, older, look, damage)
         if repaired is not None:
-            return Choice(path, repaired, damage)
+            return Choice(path, repaired, damage, any(manifest is point for point in memory))
         damage.append(f"The checkpoint of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
     if not history:
         return None

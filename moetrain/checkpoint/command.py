@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.diff import Difference
 from moetrain.checkpoint.table import columns, duration, expert_table, size
@@ -44,6 +45,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     sub.add_argument("--keep", metavar="N", type=int, required=True, help="how many of the newest stay, 1 or more")
     sub.add_argument("--take-over", action="store_true", help=TAKE_OVER)
     _add_convert(verbs)
+    add_agent(verbs)
 
 
 def _add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", verb: str, run: Run, help: str) -> argparse.ArgumentParser:

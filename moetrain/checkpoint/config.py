@@ -1,12 +1,28 @@
 """What is checkpointed when, as configuration. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from moetrain.base.errors import ConfigError, one_of
 from moetrain.checkpoint.modes import MODES
 
 SELECTIONS = ("sequential", "greedy", "unsaved_age")
 INTERVALS = ("steps", "auto")
+
+
+@dataclass
+class AgentConfig:
+    """The process of a node that keeps copies of the state in memory and writes them to the store."""
+
+    folder: str = ""  # where its memory lies; "" = shared memory, the folder for temporary files where that is too small
+    partner: bool = True  # with several nodes: every copy goes to the memory of the next node too
+    linger_seconds: float = 120.0  # how long it waits for ranks to come back when they were killed; then its memory is gone
+    deadline_seconds: float = 30.0  # for its start
+
+    def check(self, key: str) -> None:
+        """Raises ConfigError at the first broken rule."""
+        for name, value in (("linger_seconds", self.linger_seconds), ("deadline_seconds", self.deadline_seconds)):
+            if not value > 0:
+                raise ConfigError.of(f"{key}.{name}", value, "it must be positive")
 
 
 @dataclass
@@ -27,14 +43,20 @@ class CheckpointConfig:
     allow_changes: bool = False  # resume although keys of the run's identity changed
     init_from: str = ""  # bundle whose weights start the run (fresh optimizer); "" = random initial values
     timeout_seconds: float = 60.0  # a save whose receipts take longer is abandoned, training goes on
+    snapshot_every: int = 0  # steps between copies in the memory of the node; 0 = with each checkpoint only
+    snapshot_experts: int = 0  # experts per layer in one copy in memory; 0 = all if they fit
+    agent: AgentConfig = field(default_factory=AgentConfig)
 
     def check(self, key: str = "checkpoint") -> None:
         """Raises ConfigError at the first broken rule."""
         one_of(f"{key}.mode", self.mode, MODES)
         one_of(f"{key}.selection", self.selection, SELECTIONS)
         one_of(f"{key}.interval", self.interval, INTERVALS)
+        self.agent.check(f"{key}.agent")
         for name, value, least in (
             ("every_steps", self.every_steps, 0),
+            ("snapshot_every", self.snapshot_every, 0),
+            ("snapshot_experts", self.snapshot_experts, 0),
             ("experts_per_save", self.experts_per_save, 1),
             ("full_every", self.full_every, 0),
             ("keep", self.keep, 1),

@@ -1,12 +1,12 @@
-"""From live fragments to the arena: the one place where saving touches tensors."""
+"""From live fragments to slots of the arena: the one place where saving touches tensors."""
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
-from moetrain.checkpoint.arena import Arena
 from moetrain.checkpoint.plan import ObjectPlan, Part
 from moetrain.model.state import Fragment, ModelState
 from moetrain.store.encode import stored_dtype
@@ -54,19 +54,22 @@ def parts_of(state: ModelState) -> list[Part]:
 
 
 @torch.no_grad()
-def copy_fragments(state: ModelState, plans: list[ObjectPlan], arena: Arena, ready: Ready) -> list[ObjectPlan]:
-    """Copies the planned parts of fragments; complete when it returns. The plans come back with the values of integer scalars."""
+def copy_fragments(state: ModelState, plans: list[ObjectPlan], slots: Sequence[mmap.mmap], ready: Ready) -> list[ObjectPlan]:
+    """Copies the planned parts of fragments, each object into its slot; complete when it returns.
+
+    The plans come back with the values of integer scalars.
+    """
     filled = []
     with ready.stream():
-        for plan in plans:
+        for plan, slot in zip(plans, slots, strict=True):
             tensors = []
             for number, tensor in zip(plan.parts, plan.tensors, strict=True):
                 data, (piece,) = cut(state[number], tensor), tensor.pieces
                 if Part(tensor, ()).is_value:
                     piece = replace(piece, value=int(data))
                 else:
-                    offset = plan.offset + piece.start * stored_dtype(plan.dtype).itemsize
-                    target = torch.frombuffer(arena.memory, dtype=getattr(torch, tensor.dtype), count=data.numel(), offset=offset)
+                    offset = piece.start * stored_dtype(plan.dtype).itemsize
+                    target = torch.frombuffer(slot, dtype=getattr(torch, tensor.dtype), count=data.numel(), offset=offset)
                     target.view(data.shape).copy_(data)
                 tensors.append(replace(tensor, pieces=(piece,)))
             filled.append(replace(plan, tensors=tensors))

@@ -1,6 +1,5 @@
-"""What a rank tells its writer process, and what every writer tells the one of rank 0. JSON: nothing of ours is ever unpickled."""
+"""What a rank tells the agent of its node, and what every agent tells the one of rank 0. JSON: nothing of ours is ever unpickled."""
 
-import json
 from dataclasses import asdict, dataclass, field
 
 from moetrain.checkpoint.modes import Selection
@@ -10,7 +9,8 @@ from moetrain.store.manifest import ObjectRecord, SaveId, Tensor
 
 @dataclass(frozen=True)
 class SaveJob:
-    """One rank's part of one save. `tensors`: what this rank holds and does not write, without pieces."""
+    """One rank's part of one save. `objects` go to the store too, `extras` stay in memory; `tensors`: what this rank holds and does not
+    copy, without pieces. The two selections say which experts are written to the store and copied into memory; None: all of them."""
 
     folder: str
     save: SaveId
@@ -20,30 +20,41 @@ class SaveJob:
     index: int
     step: int
     mode: str
-    selection: Selection | None  # None: full
+    selection: Selection | None
     objects: list[ObjectPlan]
     tensors: list[Tensor]
     progress: dict
     keep: int
     timeout_seconds: float
+    extras: list[ObjectPlan] = field(default_factory=list)
+    in_memory: Selection | None = None
+    share: str = ""  # the first part of the names of `objects`, given by the agent
     ledger: dict = field(default_factory=dict)  # for the manifest
 
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
+    @property
+    def plans(self) -> list[ObjectPlan]:
+        """Everything that is copied."""
+        return [*self.objects, *self.extras]
+
+    def to_json(self) -> dict:
+        return asdict(self)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "SaveJob":
-        found = json.loads(data)
-        objects = [ObjectPlan(**plan | {"tensors": [Tensor.of_json(tensor) for tensor in plan["tensors"]]}) for plan in found["objects"]]
+    def of_json(cls, found: dict) -> "SaveJob":
         return cls(
             **found
             | {
                 "save": SaveId(*found["save"]),
                 "parent": None if found["parent"] is None else SaveId(*found["parent"]),
-                "objects": objects,
+                "objects": [_plan_of_json(plan) for plan in found["objects"]],
+                "extras": [_plan_of_json(plan) for plan in found["extras"]],
                 "tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]],
             }
         )
+
+
+def _plan_of_json(found: dict) -> ObjectPlan:
+    return ObjectPlan(**found | {"tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]]})
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Reply:
-    """A writer's answer to a job. `written`: this rank's part is durable; what becomes of the save is rank 0's to say."""
+    """An agent's answer to a job. `written`: this rank's part is durable; what becomes of the save is rank 0's to say."""
 
     outcome: str  # written | committed | abandoned | superseded
     reason: str = ""
@@ -76,9 +87,9 @@ class Reply:
     seconds: float = 0.0
     oldest_expert_steps: int = 0
 
-    def to_bytes(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+    def to_json(self) -> dict:
+        return asdict(self)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> "Reply":
-        return cls(**json.loads(data))
+    def of_json(cls, found: dict) -> "Reply":
+        return cls(**found)

@@ -1,92 +1,235 @@
-"""The trainer's side of its writer process: start, hand over one job, wait for its answer, end. No torch."""
+"""A rank's side of the agent of its node: finding it, starting it, asking it. No torch."""
 
+import json
+import mmap
 import os
 import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import Protocol
 
 import moetrain
+from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot
+from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
-from moetrain.checkpoint.writer import receive, send
+from moetrain.checkpoint.serve import SOCKET, short_path
+from moetrain.checkpoint.wire import Refused, exchange
+from moetrain.store.manifest import SaveId
+from moetrain.store.objects import Superseded
+
+CALL_SECONDS = 60.0  # for everything but persisting
+AGENT = "moetrain.checkpoint.serve"
 
 
-class WriterDied(Exception):
-    """The writer process ended before it answered."""
+class AgentDied(Exception):
+    """The agent is gone, or does not answer."""
 
 
-class Writer(Protocol):
-    """Takes a save from a filled arena to its outcome."""
+class Link(Protocol):
+    """One connection to an agent. Used by one thread at a time."""
 
-    def run(self, job: SaveJob, arena: int, limit_seconds: float) -> Reply:
-        """Waits; the arena (a descriptor) must not change before this returns. Raises WriterDied."""
+    def call(self, request: dict, limit_seconds: float) -> dict:
+        """Raises OSError; Refused with its sentence."""
         ...
 
-    def stop(self, wait_seconds: float = 10.0) -> str:
-        """Ends it after its present job. Returns how it ended."""
-        ...
+    def close(self) -> None: ...
 
 
-class WriterProcess:
-    """One writer, started at the first job and again after it died. Used by one thread at a time."""
+Connect = Callable[[bool], Link | None]
+"""A new connection. True: the agent is started when there is none; False: None then. Raises AgentDied."""
 
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._connection: socket.socket | None = None
 
-    @property
-    def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+class SocketLink:
+    """A connection to the agent's process."""
 
-    def run(self, job: SaveJob, arena: int, limit_seconds: float) -> Reply:
-        """Hands over the job and the arena's descriptor and waits; the arena must not change before this returns.
-
-        Raises WriterDied; a writer that takes longer than the limit, as on a disk that hangs, is killed.
-        """
-        connection = self._connection or self._start()
-        connection.settimeout(limit_seconds)
+    def __init__(self, folder: Path) -> None:
+        """Raises OSError when nobody answers there."""
+        self._socket = socket.socket(socket.AF_UNIX)
         try:
-            send(connection, job.to_bytes(), arena)
-            message = receive(connection)
-        except TimeoutError:
-            raise WriterDied(f"the writer process took more than {limit_seconds:g} s and was stopped ({self.stop(0)})") from None
+            with short_path(folder / SOCKET) as name:
+                self._socket.connect(name)
         except OSError:
-            message = None
-        if message is None:
-            raise WriterDied(f"the writer process ended ({self.stop()})")
-        return Reply.from_bytes(message[0])
+            self._socket.close()
+            raise
 
-    def _start(self) -> socket.socket:
-        ours, theirs = socket.socketpair()
+    def call(self, request: dict, limit_seconds: float) -> dict:
+        self._socket.settimeout(limit_seconds)
+        return exchange(self._socket, request)[0]
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Launcher:
+    """Connects to the agent of this node for one run, and starts it."""
+
+    def __init__(self, checkpoint: Path, config: AgentConfig, environ: Mapping[str, str] = os.environ) -> None:
+        """`checkpoint`: the absolute checkpoint folder."""
+        self.folder = arena_folder(checkpoint, config.folder)
+        self._config, self._environ = config, environ
+
+    def __call__(self, start: bool) -> SocketLink | None:
+        """Any rank of the node may start it: local rank 0 at once, the others when it has not come up after half of the deadline."""
+        with suppress(OSError):
+            return SocketLink(self.folder)
+        if not start and not (self.folder / "generations").is_dir():
+            return None
+        begin = time.monotonic()
+        patience = 0.0 if self._environ.get("LOCAL_RANK", "0") == "0" else self._config.deadline_seconds / 2
+        started = False
+        while time.monotonic() < begin + self._config.deadline_seconds:
+            if not started and time.monotonic() >= begin + patience:
+                self._start()
+                started = True
+            with suppress(OSError):
+                return SocketLink(self.folder)
+            time.sleep(0.02)
+        raise AgentDied(f"the agent of this node did not answer within {self._config.deadline_seconds:g} s ({self.folder})")
+
+    def _start(self) -> None:
         package = str(Path(moetrain.__file__).parents[1])  # importable whatever the working folder is now
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        command = [sys.executable, "-m", "moetrain.checkpoint.writer", str(theirs.fileno()), str(os.getpid())]
-        environment = os.environ | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
-        with theirs:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                start_new_session=True,
-            )
-        self._connection = ours
-        return ours
+        path = os.pathsep.join(filter(None, [package, self._environ.get("PYTHONPATH")]))
+        spare = Path(tempfile.gettempdir()) / self.folder.name
+        about = {
+            "folder": str(self.folder),
+            "spare": [str(spare)] if spare != self.folder and not self._config.folder else [],
+            "host": own_address(self._environ),
+            "linger_seconds": self._config.linger_seconds,
+        }
+        process = subprocess.Popen(
+            [sys.executable, "-m", AGENT, json.dumps(about)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=dict(self._environ) | {"PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+        with suppress(subprocess.TimeoutExpired):  # it comes back as soon as the agent is on its own
+            process.wait(self._config.deadline_seconds)
 
-    def stop(self, wait_seconds: float = 10.0) -> str:
-        """Ends the process after its present job, killing it when that takes too long. Returns how it ended."""
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
-        if self._process is None:
-            return "not started"
-        process, self._process = self._process, None
-        with suppress(subprocess.TimeoutExpired):
-            return f"exit code {process.wait(wait_seconds)}"
-        process.kill()
-        with suppress(subprocess.TimeoutExpired):  # a process inside a hanging disk cannot even be killed
-            process.wait(1.0)
-        return "killed"
+
+def own_address(environ: Mapping[str, str]) -> str:
+    """The address by which other nodes of the job reach this one: that of the way to the job's host. This node alone: 127.0.0.1."""
+    if environ.get("LOCAL_WORLD_SIZE", "1") == environ.get("WORLD_SIZE", "1") or "MASTER_ADDR" not in environ:
+        return "127.0.0.1"
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((environ["MASTER_ADDR"], int(environ.get("MASTER_PORT", "1"))))  # sends nothing
+        return probe.getsockname()[0]
+    return "127.0.0.1"
+
+
+class NodeMemory:
+    """The memory of this node as one rank uses it. Two connections: copying must not wait for persisting."""
+
+    def __init__(self, connect: Connect, rank: int, epoch: int) -> None:
+        self._connect, self._rank, self._epoch = connect, rank, epoch
+        self._links: dict[str, Link] = {}
+        self._locks = {"copy": Lock(), "persist": Lock()}
+        self._maps: dict[str, mmap.mmap] = {}
+        self._partner: dict | None = None
+
+    def reserve(self, save: SaveId, keep: SaveId | None, sizes: Sequence[int]) -> dict[str, mmap.mmap]:
+        """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
+        answer = self._call("copy", {"op": "reserve", "save": save, "keep": keep, "sizes": list(sizes)})
+        if "full" in answer:
+            raise NoRoom(answer["full"], answer["hint"])
+        for path in answer["slots"]:
+            if path not in self._maps:
+                self._maps[path] = map_slot(path)
+        return {path: self._maps[path] for path in answer["slots"]}
+
+    def filled(self, job: SaveJob, slots: Sequence[str]) -> None:
+        """The copy is complete; when this returns it outlives this process. Raises AgentDied."""
+        self._call("copy", {"op": "filled", "job": job.to_json(), "slots": list(slots)})
+
+    def replicated(self, save: SaveId) -> tuple[bool, str]:
+        """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied."""
+        answer = self._call("copy", {"op": "replicated", "save": save})
+        return answer["done"], answer["trouble"]
+
+    def persist(self, save: SaveId, parent: SaveId | None, ledger: dict, limit_seconds: float) -> Reply:
+        """Waits until this rank's objects are durable, rank 0 for the commit. Raises AgentDied."""
+        return Reply.of_json(self._call("persist", {"op": "persist", "save": save, "parent": parent, "ledger": ledger}, limit_seconds))
+
+    def list(self) -> dict | None:
+        """What lies in this node's memory, held until `restored`; None without an agent and anything it could take over."""
+        try:
+            return self._call("copy", {"op": "list"}, start=False)
+        except AgentDied:
+            return None
+
+    def restored(self) -> None:
+        with suppress(AgentDied):
+            self._call("copy", {"op": "restored"}, start=False)
+
+    def forget(self) -> None:
+        """The run starts anew: nothing that lies in memory belongs to it."""
+        with suppress(AgentDied):
+            self._call("copy", {"op": "forget", "epoch": self._epoch}, start=False)
+
+    def set_partner(self, address: dict) -> None:
+        """The agent that gets copies of what this one has."""
+        self._partner = address
+        if "copy" in self._links:
+            self._call("copy", {"op": "partner", "address": address})
+
+    def identity(self) -> dict:
+        """Address and folder of the agent, which is started when there is none. Raises AgentDied."""
+        return self._call("copy", {"op": "join", "epoch": self._epoch})
+
+    def leave(self, done: bool) -> None:
+        """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""
+        if done and self._links:
+            with suppress(AgentDied):
+                self._call("copy", {"op": "leave"}, start=False)
+        self.close()
+
+    def close(self) -> None:
+        for link in self._links.values():
+            link.close()
+        self._links, self._maps = {}, {}
+
+    def _call(self, lane: str, request: dict, limit_seconds: float = CALL_SECONDS, start: bool = True) -> dict:
+        with self._locks[lane]:
+            answer = self._answer(lane, request, limit_seconds, start)
+        if "superseded" in answer:
+            raise Superseded(answer["superseded"], "Stop one of the two jobs, or give them different run names.")
+        return answer
+
+    def _answer(self, lane: str, request: dict, limit_seconds: float, start: bool) -> dict:
+        was_open = lane in self._links
+        try:
+            link = self._links.get(lane) or self._open(lane, start)
+            return link.call(request | {"rank": self._rank}, limit_seconds)
+        except TimeoutError:
+            self._drop(lane)
+            raise AgentDied(f"the agent of this node took more than {limit_seconds:g} s") from None
+        except Refused as error:
+            raise AgentDied(f"the agent of this node: {error}") from error
+        except OSError as error:
+            self._drop(lane)
+            if was_open:  # it ended since: another one takes over what it had, and knows when that is not enough
+                return self._answer(lane, request, limit_seconds, start)
+            raise AgentDied(f"the agent of this node ended ({error.strerror})") from error
+
+    def _open(self, lane: str, start: bool) -> Link:
+        link = self._connect(start)
+        if link is None:
+            raise AgentDied("this node has no agent")
+        self._links[lane] = link
+        link.call({"op": "join", "rank": self._rank, "epoch": self._epoch}, CALL_SECONDS)
+        if self._partner is not None:
+            link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS)
+        return link
+
+    def _drop(self, lane: str) -> None:
+        self._maps = {}
+        link = self._links.pop(lane, None)
+        if link is not None:
+            link.close()

@@ -1,18 +1,20 @@
 """Putting a recovery point back into live state, whatever the world size and expert placement it was saved with."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import Choice, Look, check_object, choose, glance, open_object, read_values
-from moetrain.checkpoint.table import expert_table
+from moetrain.checkpoint.choose import Choice, Look, PointsInMemory, check_object, choose, glance, nothing_in_memory, read_values
+from moetrain.checkpoint.source import Memory, Sources
+from moetrain.checkpoint.table import expert_table, size
 from moetrain.model.state import Fragment, ModelState
 from moetrain.store.boxes import overlap
 from moetrain.store.encode import ArrayReader
@@ -45,11 +47,14 @@ class LoadReport:
     remapped: list[str]
     damaged: list[str]
     is_converted: bool = False  # to another number type
+    read: dict[str, int] = field(default_factory=dict)  # bytes by source, of all ranks
     weight_ages: dict[Group, int] = field(default_factory=dict)  # as `ages`, of the weights alone
 
     def lines(self) -> list[str]:
         """Sentences for the log, with the age of every expert group as a table of layers by experts."""
         lines = [f"Resumed from step {self.step} (seq {self.seq}) in {self.folder}.", *self.damaged, *self.remapped]
+        if self.read:
+            lines.append("Read " + ", ".join(f"{size(num_bytes)} from {source}" for source, num_bytes in self.read.items()) + ".")
         if self.ages:
             lines += ["Age of every expert group in steps:", *expert_table(self.ages)]
         return lines
@@ -111,7 +116,9 @@ def _value(answer: object) -> object:
     return value
 
 
-def agreed_choice(folder: Path, at: str, io: Io | None = None, look: Look = check_object) -> Choice | None:
+def agreed_choice(
+    folder: Path, at: str, io: Io | None = None, look: Look = check_object, in_memory: PointsInMemory = nothing_in_memory
+) -> Choice | None:
     """The recovery point to restore. `at`: auto (own folder, None when it has none) | must | never | a path.
 
     By default all of it is read, so that it is known to be good before any state is touched.
@@ -120,50 +127,55 @@ def agreed_choice(folder: Path, at: str, io: Io | None = None, look: Look = chec
     if at == "never":
         return None
     path = folder if at in ("auto", "must") else resolve(Path(at))
-    choice = choose(path, io or Io(), look)
+    choice = choose(path, io or Io(), look, in_memory if path == folder else nothing_in_memory)
     if choice is None and at != "auto":
         raise CheckpointError(f"There is no checkpoint in {path}.", "Start anew with checkpoint.resume=auto.")
     return choice
 
 
 def restore_together(
-    folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None
+    folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None, memory: Memory | None = None
 ) -> tuple[Choice, LoadReport] | None:
     """The same recovery point into the state of every rank; `folder`, `at` and errors as in `agreed_choice`, on every rank.
 
     Rank 0 chooses at a glance, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
-    choose and read again: after an error, and only then, the state is a mixture.
+    choose and read again: after an error, and only then, the state is a mixture. `memory`: what lies in the memory of the nodes.
     """
+    memory = memory or Memory.empty()
     found: dict[str, str] = {}
 
     def look(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
-        return found.get(record.name) or glance(folder, record, pieces)
+        return found.get(record.name) or ("" if record.name in memory else glance(folder, record, pieces))
 
     def pick() -> str | None:
-        choice = agreed_choice(folder, at, io, look) if rank == 0 else None
-        return choice and json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage])
+        choice = agreed_choice(folder, at, io, look, memory.points) if rank == 0 else None
+        return choice and json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage, choice.is_in_memory])
 
     while (picked := together(pick, gather)[0]) is not None:
-        path, manifest, damage = json.loads(str(picked))
-        choice = Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage)
-        bad = _merged(together(partial(_read, choice, state, world, io or Io()), gather))
+        path, manifest, damage, is_in_memory = json.loads(str(picked))
+        choice = Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage, is_in_memory)
+        bad, read = _merged(together(partial(_read, choice, state, world, io or Io(), memory), gather))
         if not bad:
-            return choice, describe(choice, state, world)
+            return choice, replace(describe(choice, state, world), read=read)
         found |= bad
     return None
 
 
-def _read(choice: Choice, state: ModelState, world: int, io: Io) -> dict[str, str]:
+def _read(choice: Choice, state: ModelState, world: int, io: Io, memory: Memory) -> list[dict]:
     describe(choice, state, world)
-    return _fill(choice, state, io)
+    sources = Sources(CheckpointFolder(choice.folder, io), memory)
+    return [_fill(choice, state, sources), dict(sources.bytes_read)]
 
 
-def _merged(findings: list[object]) -> dict[str, str]:
-    merged: dict[str, str] = {}
+def _merged(findings: list[object]) -> tuple[dict[str, str], dict[str, int]]:
+    """What the ranks found damaged, and the bytes they read, by source."""
+    damage: dict[str, str] = {}
+    read: Counter[str] = Counter()
     for found in findings:
-        assert isinstance(found, dict)
-        merged |= found
-    return merged
+        assert isinstance(found, list)
+        damage |= found[0]
+        read.update(found[1])
+    return damage, dict(read)
 
 
 def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None) -> LoadReport:
@@ -172,7 +184,7 @@ def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None)
     Raises CheckpointError when a tensor is missing or has another shape, before anything is overwritten, and for damage.
     """
     report = describe(choice, state, world)
-    damage = _fill(choice, state, io or Io())
+    damage = _fill(choice, state, Sources(CheckpointFolder(choice.folder, io or Io()), Memory.empty()))
     if damage:
         raise CheckpointError(" ".join(damage.values()))
     return report
@@ -209,7 +221,7 @@ def _tensor_of(manifest: Manifest, fragment: Fragment) -> Tensor:
 
 
 @torch.no_grad()
-def _fill(choice: Choice, state: ModelState, io: Io) -> dict[str, str]:
+def _fill(choice: Choice, state: ModelState, sources: Sources) -> dict[str, str]:
     """Object name -> damage of what could not be read; the fragments of the others are filled."""
     reads: dict[str, list[tuple[Piece, str, Fragment]]] = defaultdict(list)
     for fragment in state:
@@ -221,13 +233,12 @@ def _fill(choice: Choice, state: ModelState, io: Io) -> dict[str, str]:
                 fragment.data.detach().fill_(piece.value)
             else:
                 reads[piece.object].append((piece, tensor.dtype, fragment))
-    folder = CheckpointFolder(choice.folder, io)
     damage = {}
     for name, wanted in reads.items():
         try:
-            reader = open_object(folder, choice.manifest.objects[name])
+            reader = sources.open(choice.manifest.objects[name])
             for piece, dtype, fragment in sorted(wanted, key=lambda read: read[0].start):
-                values = read_piece(reader, piece, dtype)
+                values = as_tensor(reader.read(piece), piece, dtype)
                 cut = overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape)
                 assert cut is not None
                 fragment.data.detach()[cut[1]].copy_(values[cut[0]])
@@ -236,9 +247,14 @@ def _fill(choice: Choice, state: ModelState, io: Io) -> dict[str, str]:
     return damage
 
 
+def as_tensor(values: np.ndarray, piece: Piece, dtype: str) -> torch.Tensor:
+    """The flat stored values of a box as a tensor of its own type."""
+    return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(piece.shape)
+
+
 def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:
-    """A saved box as a tensor of its own type. Raises CheckpointError when it is damaged."""
-    return torch.from_numpy(read_values(reader, piece)).view(getattr(torch, dtype)).reshape(piece.shape)
+    """A saved box as a tensor. Raises CheckpointError when it is damaged."""
+    return as_tensor(read_values(reader, piece), piece, dtype)
 
 
 def whole_tensors(choice: Choice, component: str = "master", io: Io | None = None) -> Iterator[tuple[str, torch.Tensor]]:

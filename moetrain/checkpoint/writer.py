@@ -1,17 +1,6 @@
-"""The process beside every rank that turns its arena into objects; rank 0's also commits. Imports no torch.
+"""What an agent does with a rank's part of a save: objects and a receipt; rank 0's also commits. Imports no torch."""
 
-It lives in its own session, so that a Ctrl-C at the trainer does not reach it, and ends when its trainer closes the
-connection or dies, after it has finished or abandoned what it has.
-"""
-
-import mmap
-import os
-import select
-import signal
-import socket
-import struct
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from math import prod
@@ -20,18 +9,18 @@ from pathlib import Path
 import numpy as np
 from crc32c import crc32c
 
-from moetrain.base.clock import Clock, SystemClock
+from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.merge import merge
+from moetrain.checkpoint.plan import ObjectPlan
 from moetrain.store.encode import Encoded, checksums, encode, stored_dtype
 from moetrain.store.io import Io
 from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, Tensor
 from moetrain.store.objects import CheckpointFolder, Superseded
 
-ORPHAN_SECONDS = 5.0  # how long rank 0's writer still waits for news when its trainer is dead,
+ORPHAN_SECONDS = 5.0  # how long rank 0's agent still waits for news when its rank is dead,
 ORPHAN_BUSY_SECONDS = 20.0  # and how long when every rank without a receipt has begun to write
-LENGTH = struct.Struct("<Q")
 
 Alive = Callable[[], bool]
 
@@ -40,38 +29,53 @@ class LostParent(CheckpointError):
     """The recovery point that this save refers to cannot be read; the next one must hold every expert."""
 
 
-def persist(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receipt:
-    """Writes this rank's objects, durable when it returns. Raises OSError."""
-    share = folder.new_share(job.save, job.rank)
+def persist(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:
+    """Writes this rank's objects, durable when it returns; `memories` are parallel to `job.objects`, whose checksums were taken before.
+
+    Raises OSError, and CheckpointError for an object that is not in memory as it was copied.
+    """
     records: list[ObjectRecord] = []
     written: list[Tensor] = []
 
     def objects() -> Iterator[tuple[str, Encoded]]:
-        for plan in job.objects:
-            dtype = stored_dtype(plan.dtype)
-            values = np.frombuffer(arena, dtype, plan.size, plan.offset) if plan.size else np.empty(0, dtype)
-            name = f"{share}/{plan.label}"
+        for plan, memory in zip(job.objects, memories, strict=True):
+            values = values_of(plan, memory)
             sums = checksums(values, [_span(tensor) for tensor in plan.tensors])
-            tensors = [_in_object(tensor, name, crc) for tensor, crc in zip(plan.tensors, sums.pieces, strict=True)]
-            encoded = encode(values, attributes(job, tensors), sums.chunks)
+            if sums.pieces != [tensor.pieces[0].crc for tensor in plan.tensors]:
+                raise CheckpointError(f"the copy of {plan.label} in the memory of this node is damaged.")
+            name = f"{job.share}/{plan.label}"
+            encoded = encode(values, attributes(job, plan.tensors), sums.chunks)
             num_bytes = len(encoded.metadata) + sum(len(buffer) for buffer in encoded.data)
             records.append(ObjectRecord(name, job.step, num_bytes, crc32c(encoded.metadata)))
-            written.extend(tensors)
+            written.extend(plan.tensors)
             yield plan.label, encoded
 
-    folder.put_share(share, objects())
-    return Receipt(job.rank, job.index, job.selection, records, [*written, *job.tensors])
+    folder.put_share(job.share, objects())
+    held = [replace(tensor, pieces=()) for plan in job.extras for tensor in plan.tensors]
+    return Receipt(job.rank, job.index, job.selection, records, [*written, *held, *job.tensors])
+
+
+def values_of(plan: ObjectPlan, memory: memoryview) -> np.ndarray:
+    """The flat values of an object."""
+    dtype = stored_dtype(plan.dtype)
+    return np.frombuffer(memory, dtype, plan.size) if plan.size else np.empty(0, dtype)
+
+
+def with_checksums(plan: ObjectPlan, share: str, memory: memoryview) -> ObjectPlan:
+    """With the object's name and the checksums of its bytes in memory, taken before anything else is done with them."""
+    sums = checksums(values_of(plan, memory), [_span(tensor) for tensor in plan.tensors])
+    name = f"{share}/{plan.label}"
+    tensors = [
+        replace(tensor, pieces=(replace(tensor.pieces[0], object=name, crc=crc),))
+        for tensor, crc in zip(plan.tensors, sums.pieces, strict=True)
+    ]
+    return replace(plan, tensors=tensors)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:
     """First value and number of values in the object's array; none for an integer scalar, which is not in it."""
     (piece,) = tensor.pieces
     return piece.start, 0 if piece.value is not None else prod(piece.shape)
-
-
-def _in_object(tensor: Tensor, name: str, crc: int) -> Tensor:
-    """With the object's name and the checksum of the bytes in the arena, taken before anything is written."""
-    return replace(tensor, pieces=(replace(tensor.pieces[0], object=name, crc=crc),))
 
 
 def attributes(job: SaveJob, tensors: list[Tensor]) -> dict[str, object]:
@@ -89,7 +93,7 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
     """The receipts of all ranks, in order of rank.
 
     Raises CheckpointError for a rank that reports an error or the ranks that handed in nothing within the time limit, Superseded
-    when another job took over. Without its trainer it waits no longer than receipts keep coming.
+    when another job took over. Without its rank it waits no longer than receipts keep coming.
     """
     receipts = {job.rank: own}
     news = started = clock.monotonic()
@@ -141,11 +145,11 @@ def _parent(job: SaveJob, folder: CheckpointFolder) -> Manifest | None:
         raise LostParent(f"{error.message} The next checkpoint is a full one.") from error
 
 
-def handle(job: SaveJob, arena: memoryview, io: Io, clock: Clock, alive: Alive) -> Reply:
-    """One job from the arena to its outcome. Never raises for a full or failing disk: the save is given up, training goes on."""
+def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, alive: Alive) -> Reply:
+    """One job from memory to its outcome. Never raises for a full or failing disk: the save is given up, training goes on."""
     started = clock.monotonic()
     folder = CheckpointFolder(Path(job.folder), io)
-    receipt = _attempt(job, arena, folder)
+    receipt = _attempt(job, memories, folder)
     num_bytes = sum(record.num_bytes for record in receipt.objects)
     if job.rank:
         outcome = "abandoned" if receipt.error else "written"
@@ -168,72 +172,10 @@ def handle(job: SaveJob, arena: memoryview, io: Io, clock: Clock, alive: Alive) 
     return Reply("committed", "", manifest.new_bytes, clock.monotonic() - started, oldest)
 
 
-def _attempt(job: SaveJob, arena: memoryview, folder: CheckpointFolder) -> Receipt:
+def _attempt(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:
     try:
-        return persist(job, arena, folder)
+        return persist(job, memories, folder)
     except OSError as error:
         return Receipt(job.rank, job.index, job.selection, [], [], f"{error.strerror} ({error.filename or job.folder})")
-
-
-# the process
-
-
-def send(connection: socket.socket, message: bytes, descriptor: int | None = None) -> None:
-    """One message, and with it an open file for the other process."""
-    header = LENGTH.pack(len(message))
-    if descriptor is None:
-        connection.sendall(header)
-    else:
-        socket.send_fds(connection, [header], [descriptor])
-    connection.sendall(message)
-
-
-def receive(connection: socket.socket) -> tuple[bytes, list[int]] | None:
-    """The next message and the files that came with it; None when the other end is closed."""
-    header, descriptors, _, _ = socket.recv_fds(connection, LENGTH.size, 1)
-    if len(header) < LENGTH.size:
-        return None
-    (length,) = LENGTH.unpack(header)
-    parts = []
-    while length and (part := connection.recv(min(length, 1 << 20))):
-        parts.append(part)
-        length -= len(part)
-    return None if length else (b"".join(parts), descriptors)
-
-
-def serve(connection: socket.socket, alive: Alive) -> None:
-    """Answers jobs until the trainer is gone."""
-    while True:
-        while not select.select([connection], [], [], 1.0)[0]:
-            if not alive():  # a forked child of the trainer may hold the connection open
-                return
-        try:
-            message = receive(connection)
-        except ConnectionResetError:  # it died with an answer unread
-            return
-        if message is None:
-            return
-        data, (descriptor,) = message
-        reply = handle(SaveJob.from_bytes(data), map_arena(descriptor), Io(), SystemClock(), alive)
-        with suppress(BrokenPipeError, ConnectionResetError):
-            send(connection, reply.to_bytes())
-
-
-def map_arena(descriptor: int) -> memoryview:
-    """The bytes of an arena; unmapped when the last view is dropped. Closes the descriptor."""
-    mapped = mmap.mmap(descriptor, os.fstat(descriptor).st_size, prot=mmap.PROT_READ)
-    os.close(descriptor)
-    return memoryview(mapped)
-
-
-def main(descriptor: int, trainer: int) -> int:
-    """The body of the process. `descriptor` is its end of the connection, `trainer` the process it belongs to."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)  # the trainer decides when to stop; its end is ours
-    with socket.socket(fileno=descriptor) as connection:
-        serve(connection, lambda: os.getppid() == trainer)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    except CheckpointError as error:
+        return Receipt(job.rank, job.index, job.selection, [], [], error.message)

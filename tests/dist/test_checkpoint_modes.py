@@ -42,7 +42,9 @@ def train(world: World, folder: Path, mode: str, ep: int, dense: str) -> list[li
     engine.initialize(1)
     routing = engine.config.routing
     turns = Turns(config_of(mode), Horizon(dict.fromkeys(engine.config.banks(), routing.num_experts), 10_000))
-    checkpoint = Checkpointer(folder, config_of(mode), world.rank, world.size, world.agree, SystemClock(), gather=world.gather, turns=turns)
+    checkpoint = Checkpointer(
+        folder, config_of(mode), world.rank, world.size, world.agree, SystemClock(), gather=world.gather, turns=turns, board=world.board()
+    )
     checkpoint.load(engine.state(), "never")
     states = []
     for number in range(1, SAVES + 1):

@@ -1,16 +1,16 @@
-"""Real ranks with real writer processes: save on two, resume on one; a writer that dies costs one save."""
+"""Real ranks with real agents: an agent killed between saves costs nothing, ranks that are killed come back from memory."""
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 
 from moetrain.base.clock import SystemClock
-from moetrain.checkpoint.arena import Arena, usual_folders
 from moetrain.checkpoint.checkpointer import Checkpointer
-from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.process import WriterProcess
+from moetrain.checkpoint.config import AgentConfig, CheckpointConfig
+from moetrain.checkpoint.process import AGENT
 from moetrain.dist.world import World
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest
@@ -21,11 +21,41 @@ from tests.unit.checkpoint_kit import Job, assert_equal, expected, state_of
 pytestmark = pytest.mark.dist
 
 
+def config_of(world: World, folder: Path, nodes: int = 1, **settings: object) -> CheckpointConfig:
+    """Ranks of one node share a memory folder."""
+    agent = AgentConfig(folder=str(folder.with_name(f"memory{world.rank % nodes}")), linger_seconds=20.0)
+    return CheckpointConfig(agent=agent, **settings)  # type: ignore[arg-type]
+
+
+def checkpointer(world: World, folder: Path, config: CheckpointConfig) -> Checkpointer:
+    return Checkpointer(
+        folder, config, world.rank, world.size, world.agree, SystemClock(), gather=world.gather, board=world.board()
+    )  # fmt: skip
+
+
+def agents(folder: Path) -> list[int]:
+    """The agents of the runs in a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes()
+        except OSError:
+            continue
+        if AGENT.encode() in command and str(folder).encode() in command:
+            found.append(int(path.parent.name))
+    return found
+
+
+def wait_for_no_agent(folder: Path) -> None:
+    deadline = time.monotonic() + 30
+    while agents(folder):
+        assert time.monotonic() < deadline, "an agent is still there"
+        time.sleep(0.01)
+
+
 def train(world: World, folder: Path) -> list[bool]:
-    """Three saves on each rank; rank 1's writer is killed before the second. Returns what was committed, as this rank sees it."""
-    writer = WriterProcess()
-    config = CheckpointConfig(timeout_seconds=60.0)
-    checkpoint = Checkpointer(folder, config, world.rank, world.size, world.agree, SystemClock(), writer, world.gather)
+    """Three saves on each rank; rank 1's agent is killed before the second. Returns what was committed, as this rank sees it."""
+    checkpoint = checkpointer(world, folder, config_of(world, folder, nodes=2, timeout_seconds=60.0))
     assert checkpoint.load(state_of(world.rank, world.size, 2, -1), "auto") is None
     committed = []
     for step in (1, 2, 3):
@@ -37,34 +67,60 @@ def train(world: World, folder: Path) -> list[bool]:
         pending.done.wait()
         committed.append(pending.committed)
         if step == 1 and world.rank == 1:
-            assert writer.pid is not None
-            os.kill(writer.pid, signal.SIGKILL)
-    pid = writer.pid
+            (pid,) = agents(folder.with_name("memory1"))
+            os.kill(pid, signal.SIGKILL)
     checkpoint.finish()
-    assert pid is not None
-    assert not Path(f"/proc/{pid}").exists()
     return committed
 
 
-def test_two_ranks_save_one_rank_resumes_and_a_dead_writer_costs_one_save(tmp_path):
+def test_two_ranks_save_one_rank_resumes_and_an_agent_killed_between_saves_costs_nothing(tmp_path):
     folder = tmp_path / "checkpoint"
-    assert run_ranks(train, 2, tmp_path, folder) == [[True, False, True]] * 2
+    committed = run_ranks(train, 2, tmp_path, folder)
+    assert committed == [[True, True, True]] * 2
+    wait_for_no_agent(tmp_path)
     report, whole = Job(folder, 1, 1).load("must")
     newest = next(point for point in CheckpointFolder(folder, Io()).history() if isinstance(point, Manifest))
     assert report is not None
     assert report.step == 3
     assert_equal(whole, expected(3, {group: 3 - age for group, age in newest.ages().items()}))
-    assert newest.index == 1  # the lost save's turn was taken by the next one
+    assert newest.index == 2
+    assert not list(tmp_path.glob("memory*/*")), "the memory of a run that ended is given back"
 
 
-def test_arena_has_no_name_and_prefers_shared_memory(tmp_path):
-    arena = Arena(1 << 20, usual_folders())
-    where = os.readlink(f"/proc/self/fd/{arena.descriptor}")
-    assert where.endswith("(deleted)")
-    assert where.startswith("/dev/shm")
-    arena.close()
-    room = {tmp_path: 1 << 30}
-    fallback = Arena(1 << 20, (Path("/dev/shm"), tmp_path), free=lambda folder: room.get(folder, 100))
-    assert os.readlink(f"/proc/self/fd/{fallback.descriptor}").startswith(str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
-    fallback.close()
+def train_and_die(world: World, folder: Path, nodes: int) -> None:
+    """Saves at step 1, copies at step 2 and 3 in memory, then kill -9 on every rank."""
+    checkpoint = checkpointer(world, folder, config_of(world, folder, nodes))
+    checkpoint.load(state_of(world.rank, world.size, 2, -1), "auto")
+    for step in (1, 2, 3):
+        pending = checkpoint.save(state_of(world.rank, world.size, 2, step), {"step": step}, persists=step == 1)
+        assert pending.done.wait(60)
+        assert pending.safe.wait(60)
+        world.barrier(f"step {step} is safe")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def resume(world: World, folder: Path, nodes: int) -> dict:
+    checkpoint = checkpointer(world, folder, config_of(world, folder, nodes))
+    state = state_of(world.rank, world.size, 2, -1)
+    report = checkpoint.load(state, "must")
+    assert report is not None
+    wanted = expected(report.step)
+    for piece in state:
+        where = tuple(slice(o, o + s) for o, s in zip(piece.box.offset, piece.box.shape, strict=True))
+        assert (piece.data == wanted[piece.key][where]).all()
+    checkpoint.finish()
+    return {"step": report.step, "read": report.read, "ages": list(report.ages.values()), "lines": report.lines()}
+
+
+def test_killed_ranks_come_back_at_the_copy_in_memory_without_reading_the_disk(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_ranks(train_and_die, 2, tmp_path, folder, 1)
+    assert agents(tmp_path)
+    found, other = run_ranks(resume, 2, tmp_path, folder, 1)
+    assert found == other
+    assert found["step"] == 3
+    assert set(found["ages"]) == {0}
+    assert list(found["read"]) == ["the memory of this node"]
+    wait_for_no_agent(tmp_path)
+    assert not list(tmp_path.glob("memory*/*"))

@@ -42,7 +42,9 @@ def save(world: World, folder: Path, ep: int) -> tuple[list[Fragment], list[Frag
     """A full and a partial save, each behind an evaluation and a sample; the state at both and without them."""
     engine = engine_of(world, ep, "fsdp")
     engine.initialize(1)
-    checkpoint = Checkpointer(folder, CheckpointConfig(), world.rank, world.size, world.agree, SystemClock(), gather=world.gather)
+    checkpoint = Checkpointer(
+        folder, CheckpointConfig(), world.rank, world.size, world.agree, SystemClock(), gather=world.gather, board=world.board()
+    )
     step(engine, 0)
     undisturbed = detached(engine.state())
     states = []
@@ -59,7 +61,9 @@ def save(world: World, folder: Path, ep: int) -> tuple[list[Fragment], list[Frag
 def resume(world: World, folder: Path, ep: int, dense: str) -> list[Fragment]:
     engine = engine_of(world, ep, dense)
     state = engine.state()
-    checkpoint = Checkpointer(folder, CheckpointConfig(), world.rank, world.size, world.agree, SystemClock(), gather=world.gather)
+    checkpoint = Checkpointer(
+        folder, CheckpointConfig(), world.rank, world.size, world.agree, SystemClock(), gather=world.gather, board=world.board()
+    )
     assert checkpoint.load(state, "must") is not None
     engine.load(state)
     look_around(engine)

@@ -119,22 +119,6 @@ def _environment(pid: int) -> bytes:
         return b""
 
 
-def wait_for_writers(trainers: Sequence[int]) -> None:
-    """The writer process of a killed trainer finishes the save it has, or finds its trainer dead; then the folder stands still."""
-    deadline = time.monotonic() + LIMIT_SECONDS
-    while any(_is_writer_of(path, trainers) for path in Path("/proc").glob("[0-9]*/cmdline")):
-        assert time.monotonic() < deadline, f"a writer of {trainers} is still there"
-        time.sleep(POLL_SECONDS)
-
-
-def _is_writer_of(path: Path, trainers: Sequence[int]) -> bool:
-    try:
-        words = path.read_bytes().split(b"\0")
-    except OSError:
-        return False
-    return b"moetrain.checkpoint.writer" in words and any(str(pid).encode() in words for pid in trainers)
-
-
 def train_here(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """launch/train.py on one rank in this process, which spares the imports; its exit code."""
     monkeypatch.chdir(ROOT)

@@ -1,7 +1,7 @@
 """A trainer without torch that is killed on purpose; run as a program, so that a kill is a real one.
 
-`hooks FOLDER`: one child for each hook point of a save and its sweep, killed there.  `trainers FOLDER`: children with real writer
-processes, killed after ever longer times. Prints one JSON object.
+`hooks FOLDER`: one child for each hook point of a save and its sweep, killed there.  `trainers FOLDER`: children with real
+agents, killed after ever longer times. Prints one JSON object.
 """
 
 import json
@@ -19,14 +19,14 @@ from random import Random
 import numpy as np
 
 from moetrain.base.clock import SystemClock
-from moetrain.checkpoint.arena import Arena, usual_folders
 from moetrain.checkpoint.choose import choose
+from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import Part, lay_out
-from moetrain.checkpoint.process import WriterProcess
+from moetrain.checkpoint.process import AGENT, Launcher, NodeMemory
 from moetrain.checkpoint.select import rotation
-from moetrain.checkpoint.writer import handle
+from moetrain.checkpoint.writer import handle, with_checksums
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, Piece, SaveId, Tensor
@@ -69,14 +69,23 @@ def prepare(
     parent = newest.save if newest else None
     limit = 30.0 if world == 1 else 0.3  # a rank that was killed is not waited for
     values = (version, version, "experts", selection, plans, held, {"step": version}, keep, limit)
-    return SaveJob(str(folder), save, parent, rank, world, *values)
+    share = CheckpointFolder(folder, io or Io()).new_share(save, rank)
+    job = SaveJob(str(folder), save, parent, rank, world, *values, share=share)
+    objects = [with_checksums(plan, share, view) for plan, view in zip(plans, views(job, arena), strict=True)]
+    return replace(job, objects=objects)
+
+
+def views(job: SaveJob, arena: memoryview) -> list[memoryview]:
+    """The memory of every object of a job."""
+    return [arena[plan.offset :] for plan in job.objects]
 
 
 def save_here(folder: Path, version: int, io: Io) -> Reply:
     """One save of one job in this process: claim, write, commit, sweep."""
     save = CheckpointFolder(folder, io).claim(0.0)
     arena = memoryview(bytearray(1 << 16))
-    return handle(prepare(folder, save, version, arena), arena, io, SystemClock(), lambda: True)
+    job = prepare(folder, save, version, arena)
+    return handle(job, views(job, arena), io, SystemClock(), lambda: True)
 
 
 def restored_step(folder: Path, io: Io | None = None) -> int:
@@ -193,7 +202,8 @@ def save_by_ranks(folder: Path, version: int, ios: Sequence[Io]) -> list[int]:
 
     def work(rank: int, io: Io) -> Reply:
         arena = memoryview(bytearray(1 << 16))
-        return handle(prepare(folder, save, version, arena, rank=rank, world=world), arena, io, SystemClock(), lambda: True)
+        job = prepare(folder, save, version, arena, rank=rank, world=world)
+        return handle(job, views(job, arena), io, SystemClock(), lambda: True)
 
     return [forked(lambda rank=rank, io=io: work(rank, io)) for rank, io in enumerate(ios)]
 
@@ -227,32 +237,42 @@ def kill_pairs(folder: Path, runs: int, random: Random) -> dict:
     return found
 
 
+def agent_config(folder: Path) -> AgentConfig:
+    return AgentConfig(folder=str(folder.with_name("memory")), linger_seconds=0.3)
+
+
 def train(folder: Path) -> None:
-    """Saves without end through a real writer process, as a trainer would."""
+    """Saves without end through a real agent, as a trainer would."""
     claimed = CheckpointFolder(folder, Io()).claim(0.0)
     newest = CheckpointFolder(folder, Io()).saves()
     version = newest[0].seq if newest else 0
-    arena, writer = Arena(1 << 16, usual_folders()), WriterProcess()
+    memory = NodeMemory(Launcher(folder, agent_config(folder)), 0, claimed.epoch)
     for seq in count(claimed.seq):
         version += 1
-        writer.run(prepare(folder, SaveId(claimed.epoch, seq), seq, memoryview(arena.memory)), arena.descriptor, 30.0)
+        save, arena = SaveId(claimed.epoch, seq), memoryview(bytearray(1 << 16))
+        job = prepare(folder, save, seq, arena)
+        slots = memory.reserve(save, None, [plan.size * 4 for plan in job.objects])
+        for plan, view, slot in zip(job.objects, views(job, arena), slots.values(), strict=True):
+            slot[: plan.size * 4] = view[: plan.size * 4]
+        memory.filled(job, list(slots))
+        memory.persist(save, job.parent, {}, 30.0)
 
 
-def writers_of(trainer: int) -> list[int]:
+def agents_of(folder: Path) -> list[int]:
     found = []
     for process in Path("/proc").iterdir():
         if process.name.isdigit():
             try:
-                command = (process / "cmdline").read_bytes().split(b"\0")
+                command = (process / "cmdline").read_bytes()
             except OSError:
                 continue
-            if b"moetrain.checkpoint.writer" in command and str(trainer).encode() in command:
+            if AGENT.encode() in command and str(folder.with_name("memory")).encode() in command:
                 found.append(int(process.name))
     return found
 
 
 def kill_trainers(folder: Path, runs: int) -> dict:
-    steps, killed_with_writer = [], 0
+    steps, killed_with_agent = [], 0
     assert save_here(folder, 1, Io()).outcome == "committed"
     for run in range(runs):
         before = CheckpointFolder(folder, Io()).saves()
@@ -260,19 +280,21 @@ def kill_trainers(folder: Path, runs: int) -> dict:
         if child == 0:
             train(folder)
         deadline = time.monotonic() + 30
-        # Half of them die while the writer starts, the others a little after their first commit.
-        while not (writers_of(child) if run % 2 else CheckpointFolder(folder, Io()).saves() != before) and time.monotonic() < deadline:
+        # Half of them die while the agent starts, the others a little after their first commit.
+        while not (agents_of(folder) if run % 2 else CheckpointFolder(folder, Io()).saves() != before) and time.monotonic() < deadline:
             time.sleep(0.002)
         time.sleep(0.003 * run)
-        killed_with_writer += bool(writers_of(child))
+        killed_with_agent += bool(agents_of(folder))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         steps.append(restored_step(folder))
-        while writers_of(child) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not writers_of(child), "a writer process outlived its trainer"
+    deadline = time.monotonic() + 40
+    while agents_of(folder) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not agents_of(folder), "an agent outlived its trainers"
     assert save_here(folder, 10_000, Io()).outcome == "committed"
-    return {"steps": steps, "killed_with_writer": killed_with_writer, "leaks": leaks(folder)}
+    left = [str(path) for path in folder.with_name("memory").glob("*")]
+    return {"steps": steps, "killed_with_agent": killed_with_agent, "leaks": leaks(folder) + left}
 
 
 if __name__ == "__main__":

@@ -1,21 +1,25 @@
-"""A small training state at any layout, ranks simulated in one process, and a writer without a process."""
+"""A small training state at any layout, ranks simulated in one process, and a node's agent without a process."""
 
-import os
+import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Barrier
 from zlib import crc32
 
 import torch
 
 from moetrain.base.clock import SystemClock
+from moetrain.checkpoint.agent import Agent
+from moetrain.checkpoint.arena import SHARED_MEMORY, Arena, free_bytes, own_folder
 from moetrain.checkpoint.checkpointer import Checkpointer, Pending
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.job import Reply, SaveJob
-from moetrain.checkpoint.process import Writer, WriterDied
 from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.serve import answer_of
 from moetrain.checkpoint.turns import Turns
-from moetrain.checkpoint.writer import handle, map_arena
+from moetrain.checkpoint.wire import Refused, WireError
+from moetrain.dist.board import DictBoard
 from moetrain.model.state import Box, Fragment, ModelState, assemble
 from moetrain.routing.placement import Placement
 from moetrain.store.io import Io
@@ -61,20 +65,53 @@ def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False
     return state
 
 
-class LocalWriter:
-    """The writer's work in this process, over an Io that a test may make fail. `dead`: what a killed writer looks like."""
+class LocalNode:
+    """A node's agent in this process, over an Io that a test may make fail. `dead`: what a killed agent looks like to its ranks."""
 
-    def __init__(self, io: Io | None = None) -> None:
-        self.io = io or Io()
+    def __init__(self, free: Callable[[Path], int] = free_bytes, host: bool = False) -> None:
+        """`host`: it answers other nodes too."""
+        self._folder = TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
+        self.folder = Path(self._folder.name) / "arena"
+        self._free = free
         self.dead = False
+        self.start()
 
-    def run(self, job: SaveJob, arena: int, limit_seconds: float) -> Reply:
-        if self.dead:
-            raise WriterDied("the writer process ended (exit code -9)")
-        return handle(job, map_arena(os.dup(arena)), self.io, SystemClock(), lambda: True)
+    @property
+    def io(self) -> Io:
+        return self.agent.io
 
-    def stop(self, wait_seconds: float = 10.0) -> str:
-        return "stopped"
+    @io.setter
+    def io(self, io: Io) -> None:
+        self.agent.io = io
+
+    def start(self) -> None:
+        """A new agent, which takes over what is there."""
+        own_folder(self.folder)
+        self.agent = Agent(self.folder, Arena([self.folder / "slots"], self._free), Io(), SystemClock())
+
+    def connect(self, start: bool) -> "LocalLink":
+        return LocalLink(self)
+
+
+class LocalLink:
+    """A connection to it: the same messages without a socket."""
+
+    def __init__(self, node: LocalNode) -> None:
+        self._node = node
+        self._session = node.agent.open(lambda: True)
+
+    def call(self, request: dict, limit_seconds: float) -> dict:
+        if self._node.dead:
+            raise WireError("exit code -9")
+        request = json.loads(json.dumps(request))
+        operation = self._node.agent.for_ranks[request["op"]]
+        answer = json.loads(json.dumps(answer_of(operation, self._session, request, memoryview(b""))[0]))
+        if "error" in answer:
+            raise Refused(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        self._node.agent.close(self._session)
 
 
 class Spread:
@@ -116,19 +153,23 @@ class Circle:
 class Job:
     """All ranks of one training job on one checkpoint folder."""
 
-    def __init__(self, folder: Path, world: int, ep: int, sharded: bool = False, turns: Turns | None = None, **config: object) -> None:
+    def __init__(
+        self, folder: Path, world: int, ep: int, sharded: bool = False, turns: Turns | None = None,
+        nodes: list[LocalNode] | None = None, **config: object,
+    ) -> None:  # fmt: skip
         self.world, self.ep, self.sharded = world, ep, sharded
-        self.writers: list[LocalWriter] = [LocalWriter() for _ in range(world)]
+        self.nodes = nodes or [LocalNode() for _ in range(world)]  # a rank on each
         spread = Spread()
         self.settings = CheckpointConfig(**config)  # type: ignore[arg-type]
         self.circle = Circle(world)
+        board = DictBoard()
         self.ranks = [
-            Checkpointer(folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.writer(rank), self.circle.of(rank), turns)
+            Checkpointer(
+                folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.nodes[rank].connect, self.circle.of(rank), turns,
+                board,
+            )
             for rank in range(world)
-        ]
-
-    def writer(self, rank: int) -> Writer:
-        return self.writers[rank]
+        ]  # fmt: skip
 
     def states(self, version: int) -> list[ModelState]:
         return [state_of(rank, self.world, self.ep, version, self.sharded) for rank in range(self.world)]

@@ -11,7 +11,7 @@ from moetrain.checkpoint.choose import check, check_object
 from moetrain.checkpoint.writer import commit, persist
 from moetrain.store.manifest import Manifest
 from moetrain.store.objects import CheckpointFolder
-from tests.unit.checkpoint_crash import check_values, prepare, restored_step
+from tests.unit.checkpoint_crash import check_values, prepare, restored_step, views
 from tests.unit.crash_fs import CrashStates, MemoryFs, Tree, paths, without_threads
 
 ROOT = Path("/run/checkpoint")
@@ -44,7 +44,7 @@ def _save(folder: CheckpointFolder, fs: MemoryFs, version: int, keep: int, rando
             folder.pin(f"pin{version}", random.choice(saves))
     arena = memoryview(bytearray(1 << 16))
     job = prepare(ROOT, claimed, version, arena, fs, keep)
-    receipt = persist(job, arena, folder)
+    receipt = persist(job, views(job, arena), folder)
     folder.put_receipt(job.save, 0, receipt.to_json())
     fs.mark(f"{BEGUN} {version}")
     commit(job, receipt, folder, SystemClock(), lambda: True)

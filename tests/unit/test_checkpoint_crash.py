@@ -1,4 +1,4 @@
-"""kill -9 at every file operation of a save, and of trainers with real writer processes: nothing is lost, nothing is left."""
+"""kill -9 at every file operation of a save, and of trainers with real agents: nothing is lost, nothing is left."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ def test_a_kill_at_any_file_operation_leaves_the_last_or_the_new_checkpoint(tmp_
 @pytest.mark.chaos
 def test_killed_trainers_leave_no_process_no_memory_and_a_good_checkpoint(tmp_path):
     found = run("trainers", str(tmp_path), "20")
-    assert found["killed_with_writer"] == 20
+    assert found["killed_with_agent"] == 20
     assert found["steps"] == sorted(found["steps"])
     assert found["steps"][-1] > 1
     assert found["leaks"] == []

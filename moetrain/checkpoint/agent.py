@@ -1,0 +1,325 @@
+"""The process of a node that owns its arena: copies of live state outlive the ranks that made them. Imports no torch.
+
+Ranks fill slots; the agent checks, keeps, sends to a partner and persists them. It lives in its own session and ends some time after its
+last rank, or when all of them have taken their leave.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import RLock
+
+from moetrain.base.clock import Clock
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder
+from moetrain.checkpoint.generation import Generation, Key, needed, sealed
+from moetrain.checkpoint.job import SaveJob
+from moetrain.checkpoint.partner import Partner
+from moetrain.checkpoint.wire import Address, Buffer
+from moetrain.checkpoint.writer import handle
+from moetrain.store.io import Io
+from moetrain.store.manifest import SaveId
+from moetrain.store.objects import CheckpointFolder, Superseded
+
+Alive = Callable[[], bool]
+Answer = tuple[dict, Buffer]
+
+GENERATIONS = "generations"  # sealed descriptions, so that an agent can take over from one that was killed
+
+
+@dataclass
+class Session:
+    """What one connection holds. A rank may have several."""
+
+    alive: Alive
+    is_local: bool = True
+    rank: int | None = None
+    filling: dict[str, Slot] = field(default_factory=dict)
+    reading: list[Slot] = field(default_factory=list)
+
+
+class Agent:
+    """Answers ranks (`for_ranks`) and other agents (`for_agents`); thread-safe. What cannot be done is said in the answer."""
+
+    def __init__(self, folder: Path, arena: Arena, io: Io, clock: Clock) -> None:
+        """Takes over what an agent before it left in `folder`."""
+        self.folder, self.arena = folder, arena
+        self.address: Address | None = None
+        self.generations: dict[Key, Generation] = {}
+        self.left: dict[int, bool] = {}  # of every rank of the newest job: whether it has taken its leave
+        self.sessions: list[Session] = []
+        self.is_stopped = False
+        self.num_persisting = 0
+        self.io, self._clock = io, clock
+        self._jobs: dict[Key, tuple[SaveJob, list[Slot]]] = {}  # not yet asked to be persisted
+        self._epoch = 0
+        self._lock = RLock()
+        self._partner: Partner | None = None
+        self._take_over()
+        self.for_agents = {"list": self._list, "read": self._read, "put": self._put, "copied": self._copied, "keep": self._keep}
+        self.for_ranks = {
+            "join": self._join, "list": self._list, "restored": self._restored, "forget": self._forget, "partner": self._set_partner,
+            "reserve": self._reserve, "filled": self._filled, "replicated": self._replicated, "persist": self._persist,
+            "leave": self._leave, "status": self._status, "stop": self._stop,
+        }  # fmt: skip
+
+    # connections
+
+    def open(self, alive: Alive, is_local: bool = True) -> Session:
+        session = Session(alive, is_local)
+        with self._lock:
+            self.sessions.append(session)
+        return session
+
+    def close(self, session: Session) -> None:
+        """Frees what a rank was filling when it died."""
+        with self._lock:
+            self.arena.release(session.filling.values(), State.FILLING)
+            self.arena.release(session.reading, State.RECOVERY)
+            session.filling, session.reading = {}, []
+            self.sessions.remove(session)
+
+    @property
+    def has_taken_leave(self) -> bool:
+        return bool(self.left) and all(self.left.values())
+
+    def room_for_copy(self, session: Session, header: dict, num_bytes: int) -> memoryview:
+        """Where the values of an object from another node go: a slot of its own."""
+        with self._lock:
+            (slot,) = self.arena.reserve([num_bytes])
+            session.filling[slot.path] = slot
+        return memoryview(slot.memory)[:num_bytes]
+
+    # ranks
+
+    def _join(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        with self._lock:
+            self._check_epoch(request["epoch"])
+            session.rank = request["rank"]
+            self.left[request["rank"]] = False
+        return self._identity(), b""
+
+    def _leave(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start."""
+        with self._lock:
+            self.left[request["rank"]] = True
+            if self.has_taken_leave:
+                for key in list(self.generations):
+                    self._remove(key)
+        return {}, b""
+
+    def _reserve(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """Slots for one rank's part of a save. `keep`: the newest save that every rank has complete in memory."""
+        save, keep = SaveId(*request["save"]), request["keep"] and SaveId(*request["keep"])
+        with self._lock:
+            self._check_epoch(save.epoch)
+            self._drop(request["rank"], keep, save)
+            if self._partner is not None:
+                self._partner.keep(request["rank"], keep, save)
+            try:
+                slots = self.arena.reserve(request["sizes"])
+            except NoRoom as error:
+                return {"full": error.message, "hint": error.hint}, b""
+            session.filling |= {slot.path: slot for slot in slots}
+        return {"slots": [slot.path for slot in slots]}, b""
+
+    def _filled(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """Takes the checksums of a copy that is complete, before anything else happens to it, and makes it READY."""
+        job = SaveJob.of_json(request["job"])
+        slots = [session.filling[path] for path in request["slots"]]
+        share = CheckpointFolder(Path(job.folder), self.io).new_share(job.save, job.rank)
+        job, generation = sealed(job, share, slots, self._clock.now())
+        with self._lock:
+            self._check_epoch(job.save.epoch)
+            self._store(generation)
+            self._made_ready(session, slots)
+            if job.objects:  # held until `persist` is over, whatever becomes of the generation
+                self._jobs[generation.key] = job, slots[: len(job.objects)]
+                self.arena.hold(slots[: len(job.objects)], State.PERSISTING)
+            if self._partner is not None:
+                self._partner.push(generation, slots)
+        return {"num_bytes": generation.num_bytes}, b""
+
+    def _made_ready(self, session: Session, slots: Iterable[Slot]) -> None:
+        for slot in slots:
+            del session.filling[slot.path]
+            self.arena.hold([slot], State.READY)
+            self.arena.release([slot], State.FILLING)
+
+    def _replicated(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """Whether the partner has a generation, or there is nobody to have it; `trouble`: why he cannot."""
+        if self._partner is None:
+            return {"done": True, "trouble": ""}, b""
+        done, trouble = self._partner.state((SaveId(*request["save"]), request["rank"]))
+        return {"done": done, "trouble": trouble}, b""
+
+    def _persist(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """Writes the objects of a save that are flagged to the store; rank 0's part ends with the commit. Takes its time."""
+        parent = request["parent"]
+        with self._lock:
+            job, slots = self._jobs.pop((SaveId(*request["save"]), request["rank"]), (None, []))
+            self.num_persisting += job is not None
+        if job is None:
+            return {"error": "it was started anew and does not know this save."}, b""
+        try:
+            job = replace(job, parent=parent and SaveId(*parent), ledger=request["ledger"])
+            reply = handle(job, [memoryview(slot.memory) for slot in slots], self.io, self._clock, session.alive)
+        finally:
+            with self._lock:
+                self.arena.release(slots, State.PERSISTING)
+                self.num_persisting -= 1
+        return reply.to_json(), b""
+
+    def _set_partner(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        address = Address(**request["address"])
+        with self._lock:
+            if self._partner is None or self._partner.address != address:
+                if self._partner is not None:
+                    self._partner.stop()
+                self._partner = Partner(address)
+        return {}, b""
+
+    # recovery
+
+    def _list(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """Everything that is READY here; none of it is given away before `restored` or the end of the connection."""
+        with self._lock:
+            found = [one.to_json() for one in self.generations.values()]
+            slots = [self.arena.slots[held.slot] for one in self.generations.values() for held in one.held.values()]
+            self.arena.hold(slots, State.RECOVERY)
+            session.reading += slots
+        return self._identity() | {"generations": found}, b""
+
+    def _restored(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        with self._lock:
+            self.arena.release(session.reading, State.RECOVERY)
+            session.reading = []
+        return {}, b""
+
+    def _forget(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """The run starts anew: nothing in memory belongs to it."""
+        with self._lock:
+            self._check_epoch(request["epoch"])
+            for key in [key for key in self.generations if key[0].epoch < request["epoch"]]:
+                self._remove(key)
+        return {}, b""
+
+    # other agents
+
+    def _read(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        with self._lock:
+            found = (held for one in self.generations.values() for name, held in one.held.items() if name == request["name"])
+            held = next(found, None)
+            if held is None:
+                return {"error": f"{request['name']} is not in the memory of this node."}, b""
+            slot = self.arena.slots[held.slot]
+            self.arena.hold([slot], State.RECOVERY)
+            session.reading.append(slot)
+        return {}, memoryview(slot.memory)[: held.num_bytes]
+
+    def _put(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """One object for a rank of another node: it lies in the slot that was received last."""
+        return {"slot": next(reversed(session.filling))}, b""
+
+    def _copied(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        """All objects of a generation of another node have come."""
+        generation = replace(Generation.of_json(request["generation"]), is_copy=True)
+        slots = [session.filling[held.slot] for held in generation.held.values()]
+        generation.check({slot.path: memoryview(slot.memory) for slot in slots})
+        with self._lock:
+            self._check_epoch(generation.save.epoch)
+            self._store(generation)
+            self._made_ready(session, slots)
+        return {}, b""
+
+    def _keep(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        with self._lock:
+            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), SaveId(*request["save"]))
+        return {}, b""
+
+    # anybody of this user
+
+    def _status(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        with self._lock:
+            states: dict[str, int] = defaultdict(int)
+            for slot in self.arena.slots.values():
+                states[slot.state.name] += slot.num_bytes
+            rows = [
+                {"save": str(one.save), "step": one.job.step, "rank": one.job.rank, "num_bytes": one.num_bytes, "is_copy": one.is_copy}
+                for one in sorted(self.generations.values(), key=lambda one: one.key)
+            ]
+            ranks = sorted({session.rank for session in self.sessions if session.rank is not None})
+        return {"ranks": ranks, "slots": states, "generations": rows}, b""
+
+    def _stop(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        self.is_stopped = True
+        return {}, b""
+
+    # what is kept
+
+    def _identity(self) -> dict:
+        return {"address": None if self.address is None else vars(self.address), "folder": str(self.folder)}
+
+    def _check_epoch(self, epoch: int) -> None:
+        """Of two jobs on one node and one run folder the younger wins."""
+        if epoch < self._epoch:
+            raise Superseded(f"Another job has taken over the memory of this node (epoch {self._epoch}, this job has {epoch}).")
+        if epoch > self._epoch:
+            for _, slots in self._jobs.values():
+                self.arena.release(slots, State.PERSISTING)
+            self._epoch, self.left, self._jobs = epoch, {}, {}
+
+    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId) -> None:
+        """Frees what no recovery needs once `keep` is complete everywhere. A rank's parts between `keep` and the save that is coming will
+        never be complete; without a `keep` that holds for all that its job made."""
+        if keep is not None:
+            for key, names in needed(self.generations.values(), keep).items():
+                self._trim(key, names)
+        floor = keep or SaveId(coming.epoch, 0)
+        for key in [key for key in self.generations if key[1] == rank and floor < key[0] < coming]:
+            self._remove(key)
+
+    def _trim(self, key: Key, names: set[str]) -> None:
+        generation = self.generations[key]
+        if names >= generation.held.keys():
+            return
+        self._remove(key)
+        if names:
+            self._store(generation.only(names))
+            self.arena.hold((self.arena.slots[generation.held[name].slot] for name in names), State.READY)
+
+    def _remove(self, key: Key) -> None:
+        generation = self.generations.pop(key)
+        self._sidecar(key).unlink(missing_ok=True)
+        self.arena.release((self.arena.slots[held.slot] for held in generation.held.values()), State.READY)
+
+    def _store(self, generation: Generation) -> None:
+        if generation.key in self.generations:
+            self._remove(generation.key)
+        path = self._sidecar(generation.key)
+        own_folder(path.parent)
+        draft = path.with_name(f".{path.name}")
+        draft.write_bytes(generation.to_bytes())
+        draft.rename(path)
+        self.generations[generation.key] = generation
+
+    def _sidecar(self, key: Key) -> Path:
+        return self.folder / GENERATIONS / f"{key[0]}-{key[1]:05d}.json"
+
+    def _take_over(self) -> None:
+        for path in sorted((self.folder / GENERATIONS).glob("*.json")):
+            try:
+                generation = Generation.from_bytes(path.read_bytes(), str(path))
+                slots = [self.arena.adopt(held.slot) for held in generation.held.values()]
+                if any(slot.num_bytes < held.num_bytes for slot, held in zip(slots, generation.held.values(), strict=True)):
+                    raise CheckpointError(f"{path} names slots of another size.")
+            except (OSError, ValueError, CheckpointError):
+                with suppress(OSError):
+                    path.unlink()
+                continue
+            self.generations[generation.key] = generation
+            self.arena.hold(slots, State.READY)
+            self._epoch = max(self._epoch, generation.save.epoch)
+        self.arena.remove_strangers()

@@ -1,0 +1,180 @@
+"""What one save put into the memory of the nodes, as recovery sees it: receipts as on disk, and where each object lies. No torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from math import prod
+
+from crc32c import crc32c
+
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.arena import Slot
+from moetrain.checkpoint.job import Receipt, SaveJob
+from moetrain.checkpoint.merge import merge
+from moetrain.checkpoint.writer import with_checksums
+from moetrain.store.encode import stored_dtype
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId, Tensor, seal, unseal
+
+Key = tuple[SaveId, int]
+"""A save and a rank."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """One object in memory: the raw values of its array."""
+
+    slot: str  # path on the node that holds it
+    dtype: str  # as stored
+    size: int  # values
+    num_bytes: int
+    group: Group | None  # None: of no expert
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One rank's part of what one save put into memory. `job` says what the save is, without objects and tensors."""
+
+    job: SaveJob
+    receipt: Receipt
+    held: dict[str, Held]  # by object name
+    time: float
+    is_copy: bool = False  # for a rank of another node
+    is_trimmed: bool = False  # only what newer generations do not hold is left
+
+    @property
+    def save(self) -> SaveId:
+        return self.job.save
+
+    @property
+    def key(self) -> Key:
+        return self.job.save, self.job.rank
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(held.num_bytes for held in self.held.values())
+
+    def only(self, names: set[str]) -> "Generation":
+        """Without the other objects and what lies in them."""
+        held = {name: one for name, one in self.held.items() if name in names}
+        objects = [record for record in self.receipt.objects if record.name in names]
+        tensors = [tensor for tensor in self.receipt.tensors if all(piece.object in names for piece in tensor.pieces)]
+        return replace(self, held=held, receipt=replace(self.receipt, objects=objects, tensors=tensors), is_trimmed=True)
+
+    def check(self, memories: dict[str, memoryview]) -> None:
+        """Raises CheckpointError unless the slots (by path) hold what the receipt says."""
+        for tensor in self.receipt.tensors:
+            for piece in tensor.pieces:
+                held = self.held[piece.object]
+                if piece.value is None and piece_crc(memories[held.slot], held, piece) != piece.crc:
+                    raise CheckpointError(f"the copy of {tensor.key} (step {self.job.step}) in memory is damaged.")
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, found: dict) -> "Generation":
+        held = {name: Held(**one | {"group": one["group"] and tuple(one["group"])}) for name, one in found["held"].items()}
+        return cls(**found | {"job": SaveJob.of_json(found["job"]), "receipt": Receipt.of_json(found["receipt"]), "held": held})
+
+    def to_bytes(self) -> bytes:
+        return seal(json.dumps(self.to_json(), separators=(",", ":")).encode())
+
+    @classmethod
+    def from_bytes(cls, data: bytes, what: str) -> "Generation":
+        """Raises CheckpointError when it is damaged."""
+        return cls.of_json(unseal(data, what))
+
+
+def sealed(job: SaveJob, share: str, slots: Sequence[Slot], now: float) -> tuple[SaveJob, Generation]:
+    """The job with the checksums of what lies in the slots (parallel to `job.plans`), and what is to be kept of it in memory."""
+    job = replace(
+        job,
+        share=share,
+        objects=[with_checksums(plan, share, memoryview(slot.memory)) for plan, slot in zip(job.objects, slots, strict=False)],
+        extras=[
+            with_checksums(plan, f"{share}-memory", memoryview(slot.memory))
+            for plan, slot in zip(job.extras, slots[len(job.objects) :], strict=True)
+        ],
+    )
+    held, records, tensors = {}, [], list(job.tensors)
+    for plan, slot in zip(job.plans, slots, strict=True):
+        name, num_bytes = plan.tensors[0].pieces[0].object, plan.size * stored_dtype(plan.dtype).itemsize
+        held[name] = Held(slot.path, plan.dtype, plan.size, num_bytes, plan.tensors[0].group)
+        records.append(ObjectRecord(name, job.step, num_bytes, 0))
+        tensors += plan.tensors
+    about = replace(job, objects=[], extras=[], tensors=[], selection=job.in_memory)
+    return job, Generation(about, Receipt(job.rank, job.index, job.in_memory, records, tensors), held, now)
+
+
+def needed(generations: Iterable[Generation], complete: SaveId) -> dict[Key, set[str]]:
+    """Which objects of one rank's generations are needed when `complete` is the newest that every rank has: all of that one and of
+    newer ones, and of older ones the newest version of every expert that it does not hold."""
+    keep: dict[Key, set[str]] = {}
+    covered: dict[int, set[Group | None]] = defaultdict(set)
+    for one in sorted(generations, key=lambda one: one.save, reverse=True):
+        if one.save >= complete:
+            keep[one.key] = set(one.held)
+        elif one.save.epoch == complete.epoch:
+            keep[one.key] = {name for name, held in one.held.items() if held.group and held.group not in covered[one.job.rank]}
+        else:
+            keep[one.key] = set()
+        if one.save <= complete:
+            covered[one.job.rank] |= {held.group for held in one.held.values()} | {None}
+    return keep
+
+
+def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:
+    """The recovery points that lie in memory, newest first: those of which every rank's part is there.
+
+    Experts that a generation left out come from older generations of the same job, else from the manifest on disk that it goes on from.
+    """
+    by_save: dict[SaveId, dict[int, Generation]] = defaultdict(dict)
+    for one in generations:
+        by_save[one.save].setdefault(one.job.rank, one)
+    points = []
+    for save, parts in sorted(by_save.items(), reverse=True):
+        first = next(iter(parts.values()))
+        if len(parts) != first.job.world or any(one.is_trimmed for one in parts.values()):
+            continue
+        older = [one for one in generations if one.save < save and one.save.epoch == save.epoch]
+        try:
+            parent = _older(first.job, older, disk.get(first.job.parent) if first.job.parent else None)
+            points.append(merge(first.job, [parts[rank].receipt for rank in sorted(parts)], parent, first.time))
+        except CheckpointError:
+            continue  # it refers to what is gone
+    return points
+
+
+def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> Manifest | None:
+    """A manifest for merging with: every expert at its newest step, whole, in memory or on disk."""
+    if job.selection is None:
+        return None
+    tensors = dict(disk.tensors) if disk else {}
+    objects = dict(disk.objects) if disk else {}
+    for one in sorted(older, key=lambda one: one.save):
+        written: dict[Group, list[Tensor]] = defaultdict(list)
+        for tensor in one.receipt.tensors:
+            if tensor.group and tensor.pieces:
+                written[tensor.group].append(tensor)
+        for group_tensors in written.values():
+            if all(covers(tensor) for tensor in group_tensors):
+                tensors |= {tensor.key: tensor for tensor in group_tensors}
+        objects |= {record.name: record for record in one.receipt.objects}
+    return replace(_empty(job), tensors=tensors, objects=objects)
+
+
+def piece_crc(memory: memoryview, held: Held, piece: Piece) -> int:
+    item = stored_dtype(held.dtype).itemsize
+    return crc32c(memory[piece.start * item : (piece.start + prod(piece.shape)) * item])
+
+
+def covers(tensor: Tensor) -> bool:
+    return sum(prod(piece.shape) for piece in tensor.pieces) == tensor.num_values
+
+
+def _empty(job: SaveJob) -> Manifest:
+    return Manifest(
+        save=job.save, parent=job.parent, index=job.index, step=job.step, time=0.0, mode=job.mode, full=False, new_bytes=0,
+        world=job.world, ep=0, progress=job.progress, objects=dict[str, ObjectRecord](), tensors={},
+    )  # fmt: skip

@@ -1,0 +1,84 @@
+"""An agent's side of its partner: what is READY here goes to the memory of another node, in the background. No torch."""
+
+import socket
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Event, Thread
+
+from moetrain.checkpoint.arena import Slot
+from moetrain.checkpoint.generation import Generation, Key
+from moetrain.checkpoint.wire import Address, exchange
+from moetrain.store.manifest import SaveId
+
+LIMIT_SECONDS = 30.0  # for one object
+
+Push = tuple[Generation, Sequence[Slot]]
+Keep = tuple[int, SaveId | None, SaveId]
+
+
+class Partner:
+    """One other agent. What cannot be sent is given up with a sentence; the next generation is tried again."""
+
+    def __init__(self, address: Address) -> None:
+        self.address = address
+        self._done: dict[Key, str] = {}  # "" or why it is not there
+        self._tasks: SimpleQueue[Push | Keep | None] = SimpleQueue()
+        self._connection: socket.socket | None = None
+        self._is_stopped = Event()
+        Thread(target=self._work, name="partner", daemon=True).start()
+
+    def push(self, generation: Generation, slots: Sequence[Slot]) -> None:
+        """The slots must not change until `state` says that it is done; when they do, the copy is refused at the other end."""
+        self._tasks.put((generation, slots))
+
+    def keep(self, rank: int, complete: SaveId | None, coming: SaveId) -> None:
+        self._tasks.put((rank, complete, coming))
+
+    def state(self, key: Key) -> tuple[bool, str]:
+        """(whether it was tried, why it did not arrive)."""
+        return key in self._done, self._done.get(key, "")
+
+    def stop(self) -> None:
+        self._is_stopped.set()
+        self._tasks.put(None)
+
+    def _work(self) -> None:
+        while (task := self._tasks.get()) is not None and not self._is_stopped.is_set():
+            try:
+                self._carry_out(task)
+                trouble = ""
+            except OSError as error:
+                trouble = error.strerror or str(error)
+                self._hang_up()
+            if isinstance(task[0], Generation):
+                self._done[task[0].key] = trouble
+        self._hang_up()
+
+    def _carry_out(self, task: Push | Keep) -> None:
+        if isinstance(task[0], Generation):
+            self._send(task[0], task[1])
+            return
+        rank, complete, coming = task
+        self._done = {key: trouble for key, trouble in self._done.items() if complete is None or key[0] >= complete}
+        self._ask({"op": "keep", "rank": rank, "keep": complete, "save": coming})
+
+    def _send(self, generation: Generation, slots: Sequence[Slot]) -> None:
+        held = dict(generation.held)
+        for name, slot in zip(generation.held, slots, strict=True):
+            answer = self._ask({"op": "put", "num_bytes": held[name].num_bytes}, memoryview(slot.memory)[: held[name].num_bytes])
+            held[name] = replace(held[name], slot=answer["slot"])
+        self._ask({"op": "copied", "generation": replace(generation, held=held).to_json()})
+
+    def _ask(self, header: dict, raw: memoryview | bytes = b"") -> dict:
+        if self._connection is None:
+            self._connection = socket.create_connection((self.address.host, self.address.port), LIMIT_SECONDS)
+            self._connection.settimeout(LIMIT_SECONDS)
+        return exchange(self._connection, header | {"token": self.address.token}, raw)[0]
+
+    def _hang_up(self) -> None:
+        if self._connection is not None:
+            with suppress(OSError):
+                self._connection.close()
+            self._connection = None

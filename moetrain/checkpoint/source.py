@@ -1,0 +1,119 @@
+"""Where recovery reads an object: the memory of this node, the memory of another node, or the store. Checked alike. No torch."""
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+from crc32c import crc32c
+
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.arena import map_slot
+from moetrain.checkpoint.choose import open_object, read_values
+from moetrain.checkpoint.generation import Generation, Held, points_in_memory
+from moetrain.checkpoint.wire import Address, ask
+from moetrain.store.encode import ArrayReader, stored_dtype
+from moetrain.store.manifest import Manifest, ObjectRecord, Piece
+from moetrain.store.objects import CheckpointFolder
+
+HERE, DISK = "the memory of this node", "disk"
+
+
+class Memory:
+    """What lies in the memory of all nodes of a job, as one rank sees it: `lists` are the answers of all agents, `own` is this node's."""
+
+    def __init__(self, lists: Sequence[dict], own: dict | None) -> None:
+        self.generations: list[Generation] = []
+        self._places: dict[str, list[tuple[Address | None, Held]]] = defaultdict(list)
+        for found in sorted(lists, key=lambda found: found != own):
+            address = None if found == own or found["address"] is None else Address(**found["address"])
+            for generation in map(Generation.of_json, found["generations"]):
+                self.generations.append(generation)
+                for name, held in generation.held.items():
+                    self._places[name].append((address, held))
+
+    @classmethod
+    def empty(cls) -> "Memory":
+        return cls([], None)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._places
+
+    def points(self, history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:
+        """Recovery points, newest first."""
+        return points_in_memory(self.generations, {point.save: point for point in history if isinstance(point, Manifest)})
+
+    def open(self, name: str) -> "MemoryReader":
+        return MemoryReader(name, self._places[name])
+
+
+class MemoryReader:
+    """One object, in one or several memories."""
+
+    def __init__(self, name: str, places: Sequence[tuple[Address | None, Held]]) -> None:
+        self.source = HERE
+        self._name, self._left = name, list(places)
+        self._held: Held | None = None
+        self._bytes = memoryview(b"")
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The flat values of a piece. Raises CheckpointError when no memory has them as they were saved."""
+        while True:
+            if self._held is not None:
+                dtype = stored_dtype(self._held.dtype)
+                values = self._bytes[piece.start * dtype.itemsize :][: prod(piece.shape) * dtype.itemsize]
+                if crc32c(values) == piece.crc:
+                    return np.frombuffer(values, dtype)
+            if not self._left:
+                raise CheckpointError(f"{self._name} is damaged in memory: its values are not the ones that were saved.")
+            self._open(*self._left.pop(0))
+
+    def _open(self, address: Address | None, held: Held) -> None:
+        self._held = None
+        try:
+            if address is None:
+                self._bytes = memoryview(map_slot(held.slot))[: held.num_bytes]
+                self.source = HERE
+            else:
+                self._bytes = ask(address, {"op": "read", "name": self._name})[1]
+                self.source = f"the copy on {address.host}:{address.port}"
+        except OSError:
+            return
+        self._held = held
+
+
+class ObjectReader:
+    """One object, from memory where it lies there, else from the store."""
+
+    def __init__(self, record: ObjectRecord, memory: MemoryReader | None, folder: CheckpointFolder, bytes_read: Counter[str]) -> None:
+        self._record, self._memory, self._folder, self._bytes_read = record, memory, folder, bytes_read
+        self._disk: ArrayReader | None = None
+
+    def read(self, piece: Piece) -> np.ndarray:
+        """The flat values of a piece. Raises CheckpointError unless they are those that were saved."""
+        if self._memory is not None:
+            try:
+                values = self._memory.read(piece)
+                self._bytes_read[self._memory.source] += values.nbytes
+                return values
+            except CheckpointError:
+                if not self._record.metadata_crc:  # only memory knew it
+                    raise
+                self._memory = None
+        if self._disk is None:
+            self._disk = open_object(self._folder, self._record)
+        values = read_values(self._disk, piece)
+        self._bytes_read[DISK] += values.nbytes
+        return values
+
+
+class Sources:
+    """Opens objects wherever they are nearest, and counts the bytes that came from there."""
+
+    def __init__(self, folder: CheckpointFolder, memory: Memory) -> None:
+        self._folder, self._memory = folder, memory
+        self.bytes_read: Counter[str] = Counter()
+
+    def open(self, record: ObjectRecord) -> ObjectReader:
+        memory = self._memory.open(record.name) if record.name in self._memory else None
+        return ObjectReader(record, memory, self._folder, self.bytes_read)
