@@ -4,7 +4,8 @@
     python -m tools.crash_campaign --parts states damage --scale 0.01                      a hundredth of two parts
 
 Parts: states (power failures simulated by a file system in memory), damage (files changed on purpose), sweeps (schedules of saves, pins,
-prunes and crashes), kills and pairs (SIGKILL of one process and of two ranks), peers (kills and damage of torch.save, DCP, safetensors).
+prunes and crashes), kills, pairs and agents (SIGKILL of one process, of two ranks, of a trainer and its agent), peers (kills and damage
+of torch.save, DCP and safetensors).
 Every bound is the upper end of the 95 % interval when nothing was seen in n trials: 3 / n. Exit status 1 when anything of ours was lost.
 """
 
@@ -23,9 +24,9 @@ from random import Random
 
 from moetrain.store import encode
 from tests.unit import crash_damage, crash_states, crash_sweeps
-from tests.unit.checkpoint_crash import kill_at_every_hook, kill_at_random_times, kill_pairs
+from tests.unit.checkpoint_crash import kill_agents, kill_at_every_hook, kill_at_random_times, kill_pairs
 
-FULL = {"states": 100_000, "damage": 10_500, "sweeps": 100_000, "kills": 1_000, "pairs": 320, "peers": 210}
+FULL = {"states": 100_000, "damage": 10_500, "sweeps": 100_000, "kills": 1_000, "pairs": 320, "agents": 300, "peers": 210}
 Report = dict[str, object]
 Say = Callable[[str], None]
 
@@ -106,6 +107,16 @@ def pairs(amount: int, seed: int, say: Say) -> Report:
     return {"kills": runs, **total, "lost_or_wrong": 0, "upper_bound_95": bound(0, runs)}
 
 
+def agents(amount: int, seed: int, say: Say) -> Report:
+    total: Counter[str] = Counter()
+    with scratch() as folder:
+        for batch, goal in batches(amount, 30):
+            total.update(kill_agents(folder / f"{batch}" / "checkpoint", goal, Random(seed + batch)))
+            say(f"{total['last'] + total['newer']} of {amount} trainers and agents killed")
+    runs = total["last"] + total["newer"]
+    return {"kills": runs, **total, "lost_or_wrong": 0, "upper_bound_95": bound(0, runs)}
+
+
 def peers(amount: int, seed: int, say: Say) -> Report:
     from tools.crash_peers import campaign
 
@@ -126,7 +137,7 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-PARTS = {function.__name__: function for function in (states, damage, sweeps, kills, pairs, peers)}
+PARTS = {function.__name__: function for function in (states, damage, sweeps, kills, pairs, agents, peers)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

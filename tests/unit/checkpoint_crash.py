@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +25,7 @@ from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import Part, lay_out
-from moetrain.checkpoint.process import AGENT, Launcher, NodeMemory
+from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, NodeMemory
 from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.writer import handle, with_checksums
 from moetrain.store.encode import ArrayReader
@@ -251,11 +252,12 @@ def train(folder: Path) -> None:
         version += 1
         save, arena = SaveId(claimed.epoch, seq), memoryview(bytearray(1 << 16))
         job = prepare(folder, save, seq, arena)
-        slots = memory.reserve(save, None, [plan.size * 4 for plan in job.objects])
-        for plan, view, slot in zip(job.objects, views(job, arena), slots.values(), strict=True):
-            slot[: plan.size * 4] = view[: plan.size * 4]
-        memory.filled(job, list(slots))
-        memory.persist(save, job.parent, {}, 30.0)
+        with suppress(AgentDied):  # that costs this save; another agent serves the next one
+            slots = memory.reserve(save, None, [plan.size * 4 for plan in job.objects])
+            for plan, view, slot in zip(job.objects, views(job, arena), slots.values(), strict=True):
+                slot[: plan.size * 4] = view[: plan.size * 4]
+            memory.filled(job, list(slots))
+            memory.persist(save, job.parent, {}, 30.0)
 
 
 def agents_of(folder: Path) -> list[int]:
@@ -295,6 +297,44 @@ def kill_trainers(folder: Path, runs: int) -> dict:
     assert save_here(folder, 10_000, Io()).outcome == "committed"
     left = [str(path) for path in folder.with_name("memory").glob("*")]
     return {"steps": steps, "killed_with_agent": killed_with_agent, "leaks": leaks(folder) + left}
+
+
+def kill_agents(folder: Path, runs: int, random: Random) -> dict[str, int]:
+    """A trainer and its agent, two processes that save without end: one or both are killed at a random time after a commit.
+
+    Recovery comes to what was committed at the kill or, from an agent that survived, to what it was still writing.
+    """
+    found = {"trainer": 0, "agent": 0, "both": 0, "last": 0, "newer": 0}
+    assert save_here(folder, 1, Io()).outcome == "committed"
+    for _ in range(runs):
+        child = os.fork()
+        if child == 0:
+            train(folder)
+        _next_commit(folder)
+        victim = random.choice(("trainer", "agent", "both"))
+        time.sleep(random.uniform(0, 0.1))
+        newest = CheckpointFolder(folder, Io()).saves()[0].seq
+        for process in ([child] if victim != "agent" else []) + (agents_of(folder) if victim != "trainer" else []):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        step = restored_step(folder)
+        assert newest <= step <= newest + 2, f"{victim} killed: step {step} came back, {newest} was committed"
+        if victim == "agent":  # the trainer goes on with another one
+            _next_commit(folder)
+            os.kill(child, signal.SIGKILL)
+        ended(child)
+        found[victim] += 1
+        found["last" if step == newest else "newer"] += 1
+    while agents_of(folder):
+        time.sleep(0.01)
+    return found
+
+
+def _next_commit(folder: Path) -> None:
+    before, deadline = CheckpointFolder(folder, Io()).saves(), time.monotonic() + 60
+    while CheckpointFolder(folder, Io()).saves()[0] == before[0]:
+        assert time.monotonic() < deadline, "no save was committed within a minute"
+        time.sleep(0.002)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,10 @@ class MemoryFs(Io):
         self.events: list[Event] = []
         self._lock = RLock()
 
+    def hook(self, hook: Hook) -> None:
+        """Runs before every operation from now on."""
+        self._hook = hook
+
     def mark(self, text: str) -> None:
         self.events.append(Event(None, mark=text))
 
@@ -108,9 +112,10 @@ class MemoryFs(Io):
     def mkdir(self, path: Path) -> None:
         self._hook("mkdir", path)
         with self._lock:
-            for folder in [*reversed(path.parents), path]:
-                if self._find(folder) is None:
-                    self._set(folder, Folder())
+            if self._find(path) is None:
+                for folder in [*reversed(path.parents), path]:
+                    if self._find(folder) is None:
+                        self._set(folder, Folder())
 
     def write_new(self, path: Path, buffers: Sequence[Buffer]) -> int:
         self._hook("open", path)

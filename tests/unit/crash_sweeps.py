@@ -10,9 +10,10 @@ from random import Random
 
 from moetrain.base.errors import CheckpointError
 from moetrain.store.encode import Encoded
+from moetrain.store.io import no_hook
 from moetrain.store.manifest import Manifest, ObjectRecord, SaveId
 from moetrain.store.objects import CheckpointFolder
-from tests.unit.crash_fs import CrashStates, MemoryFs, Tree, without_threads
+from tests.unit.crash_fs import CrashStates, MemoryFs, without_threads
 
 ROOT = Path("/run")
 NUM_KEYS = 4
@@ -51,7 +52,7 @@ class Schedule:
 
     def __init__(self, random: Random, known: dict[bytes, Manifest], tally: Tally) -> None:
         self._random, self._known, self._tally = random, known, tally
-        self._tree: Tree = {}
+        self._fs = MemoryFs()
         self._keep = random.randint(1, 3)
         self._newest: SaveId | None = None
         self._pinned: dict[str, SaveId] = {}
@@ -75,23 +76,22 @@ class Schedule:
                 if remaining[0] < 0:
                     raise Killed
 
-        fs = MemoryFs(self._tree, hook)
-        folder = self._folder(fs)
+        power = left is not None and self._random.random() < 0.5
+        if power:  # what was synced before this step is sure, so that what it does can be told apart
+            self._fs = MemoryFs(self._fs.tree())
+        self._fs.hook(hook)
         try:
-            self._act(step, folder)
-            killed = False
+            self._act(step, self._folder())
+            self._tally.crashes["none"] += 1
         except Killed:
-            killed = True
             self._current = None
-        if killed and self._random.random() < 0.5:
-            self._tally.crashes["power"] += 1
-            self._tree = CrashStates(fs).state(len(fs.events), self._random)
-        else:
-            self._tally.crashes["kill" if killed else "none"] += 1
-            self._tree = fs.tree()
+            self._tally.crashes["power" if power else "kill"] += 1
+            if power:
+                self._fs = MemoryFs(CrashStates(self._fs).state(len(self._fs.events), self._random))
+        self._fs.hook(no_hook)
 
-    def _folder(self, fs: MemoryFs) -> CheckpointFolder:
-        folder = KnownFolder(ROOT, fs)
+    def _folder(self) -> CheckpointFolder:
+        folder = KnownFolder(ROOT, self._fs)
         folder.known = self._known
         return folder
 
@@ -142,7 +142,7 @@ class Schedule:
 
     def _check(self, step: str) -> None:
         """Everything that a manifest names is there; so are the newest commit and every pin that was granted."""
-        folder = self._folder(MemoryFs(self._tree))
+        folder = self._folder()
         for save in folder.saves():
             for name in folder.manifest(save).objects:
                 if not folder.io.exists(folder.object_folder(name) / "zarr.json"):
@@ -156,7 +156,7 @@ class Schedule:
                 raise AssertionError(f"after {step}: pin {name} of {save} is gone")
 
 
-def simulate(schedules: int, seed: int, tally: Tally, length: int = 10) -> Tally:
+def simulate(schedules: int, seed: int, tally: Tally, length: int = 8) -> Tally:
     known: dict[bytes, Manifest] = {}
     for number in range(schedules):
         known.clear()
