@@ -106,7 +106,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         SampleHook(config.train),
         SaveHook(config.checkpoint),
         ProfileHook(config.profile),
-        EventHook() if report is None else EventHook(report.age_rows(), report.weight_age_rows()),
+        EventHook(report),
     ]
     return Run(
         config=config, folder=folder, world=world, engine=engine, checkpoint=checkpoint, loader=loader, samples_per_step=samples_per_step,

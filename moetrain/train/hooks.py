@@ -14,6 +14,7 @@ from moetrain.base.log import logger
 from moetrain.checkpoint.checkpointer import Status
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.interval import Costs
+from moetrain.checkpoint.recover import LoadReport
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
 from moetrain.telemetry.experts import Snapshot, save_snapshot
@@ -198,20 +199,17 @@ class ProfileHook:
 
 
 class EventHook:
-    """Says when a run starts, resumes, stops and is done.
+    """Says when a run starts, resumes (from what and on how many ranks), stops and is done. `restored`: None for a fresh start."""
 
-    `restored_ages` [layers, E]: steps by which each restored expert is older than the checkpoint, its weights by `restored_weight_ages`;
-    None for a fresh start.
-    """
-
-    def __init__(self, restored_ages: list[list[int]] | None = None, restored_weight_ages: list[list[int]] | None = None) -> None:
-        self.restored_ages, self.restored_weight_ages = restored_ages, restored_weight_ages
+    def __init__(self, restored: LoadReport | None = None) -> None:
+        self.restored = restored
 
     def on_start(self, run: Run) -> None:
-        event: Record = {"event": "resume" if run.progress.step else "start"}
-        if self.restored_ages is not None:
-            event["checkpoint/expert_ages"] = json.dumps(self.restored_ages)
-            event["checkpoint/weight_ages"] = json.dumps(self.restored_weight_ages)
+        event: Record = {"event": "resume" if run.progress.step else "start", "parallel/ranks": run.world.size}
+        if self.restored is not None:
+            event["checkpoint/expert_ages"] = json.dumps(self.restored.age_rows())
+            event["checkpoint/weight_ages"] = json.dumps(self.restored.weight_age_rows())
+            event["checkpoint/bytes_read"] = json.dumps(self.restored.read)
         status = run.checkpoint.status()
         if status.committed_seq is not None and status.committed_step is not None:
             event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step} | _lost(status)

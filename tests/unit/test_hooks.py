@@ -18,6 +18,7 @@ from moetrain.base.log import logger
 from moetrain.checkpoint.checkpointer import Status
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.interval import best_interval
+from moetrain.checkpoint.recover import LoadReport
 from moetrain.checkpoint.turns import Figures
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
@@ -110,7 +111,7 @@ class Bench:
         self.meter = Meter(self.clock, flops_per_token=1.0, peak_flops=1.0, peak_memory=lambda: 1)
         self.progress = Progress(total_steps, step=start, tokens=100 * start)
         fake = SimpleNamespace(
-            world=SimpleNamespace(rank=rank, is_main=rank == 0),
+            world=SimpleNamespace(size=1, rank=rank, is_main=rank == 0),
             sinks=Sinks([self.sink] if rank == 0 else []),
             meter=self.meter,
             progress=self.progress,
@@ -297,10 +298,15 @@ def test_events_say_how_a_run_began_and_ended(tmp_path: Path) -> None:
     fresh = Bench(tmp_path).drive(EventHook(None), 2, reason="STOP file")
     at = {"train/step": 0, "train/tokens": 0}
     assert fresh.sink.records == [at | {"event": "start"}, {"train/step": 2, "train/tokens": 200, "event": "stop", "reason": "STOP file"}]
-    resumed = Bench(tmp_path, start=4, status=Status(committed_seq=2, committed_step=4)).drive(EventHook([[0, 3], [3, 0]]), 6)
+    ages = {("a", 0): 0, ("a", 1): 3, ("b", 0): 3, ("b", 1): 0}
+    restored = LoadReport(tmp_path, {}, 2, 4, ages, [], [], read={"disk": 7}, weight_ages=dict.fromkeys(ages, 0))
+    resumed = Bench(tmp_path, start=4, status=Status(committed_seq=2, committed_step=4)).drive(EventHook(restored), 6)
     first, last = resumed.sink.records
     assert (first["event"], first["checkpoint/seq"], first["checkpoint/step"]) == ("resume", 2, 4)
     assert json.loads(str(first["checkpoint/expert_ages"])) == [[0, 3], [3, 0]]
+    assert json.loads(str(first["checkpoint/weight_ages"])) == [[0, 0], [0, 0]]
+    assert json.loads(str(first["checkpoint/bytes_read"])) == {"disk": 7}
+    assert first["parallel/ranks"] == 1
     assert last == {"train/step": 10, "train/tokens": 1000, "event": "done"}
 
 
