@@ -297,7 +297,9 @@ def test_every_rank_takes_part_in_what_all_must_do_and_only_rank_0_speaks(tmp_pa
 def test_events_say_how_a_run_began_and_ended(tmp_path: Path) -> None:
     fresh = Bench(tmp_path).drive(EventHook(None), 2, reason="STOP file")
     at = {"train/step": 0, "train/tokens": 0}
-    assert fresh.sink.records == [at | {"event": "start"}, {"train/step": 2, "train/tokens": 200, "event": "stop", "reason": "STOP file"}]
+    start, stop = fresh.sink.records
+    assert start == at | {"event": "start", "parallel/ranks": 1}
+    assert stop == {"train/step": 2, "train/tokens": 200, "event": "stop", "reason": "STOP file"}
     ages = {("a", 0): 0, ("a", 1): 3, ("b", 0): 3, ("b", 1): 0}
     restored = LoadReport(tmp_path, {}, 2, 4, ages, [], [], read={"disk": 7}, weight_ages=dict.fromkeys(ages, 0))
     resumed = Bench(tmp_path, start=4, status=Status(committed_seq=2, committed_step=4)).drive(EventHook(restored), 6)
