@@ -26,7 +26,7 @@ class Decision:
     index: int = 0
     selection: Selection | None = None  # experts that go to the store
     in_memory: Selection | None = None  # experts that are copied
-    memory_ledger: dict = field(default_factory=dict)  # as the copies hold it
+    ledger: dict = field(default_factory=dict)  # as the copies hold it
     is_heard: bool = True
 
     def to_text(self) -> str:

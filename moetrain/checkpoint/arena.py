@@ -17,6 +17,7 @@ from pathlib import Path
 from moetrain.base.errors import CheckpointError
 
 SHARED_MEMORY = Path("/dev/shm")
+SLOTS = "slots"
 
 
 class State(Enum):
@@ -66,6 +67,16 @@ def available_memory() -> int:
     with open("/proc/meminfo") as lines:
         found = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.endswith("kB\n")}
     return max(0, found["MemAvailable"] - found["MemTotal"] // 20)
+
+
+def possible_bytes(arena: Path, free: Callable[[Path], int] = free_bytes) -> int:
+    """What an arena could hold in all: what it holds, and what is free where its slots may lie (on one of the two, not on both)."""
+    found = [0]
+    for base in {arena.parent, Path(tempfile.gettempdir())}:
+        slots = base / arena.name / SLOTS
+        used = sum(path.stat().st_size for path in slots.iterdir()) if slots.is_dir() else 0
+        found.append(used + free(base))
+    return max(found)
 
 
 def slot_bytes(num_bytes: int) -> int:

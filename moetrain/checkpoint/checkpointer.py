@@ -19,11 +19,12 @@ from moetrain.checkpoint.accord import Accord, Decision
 from moetrain.checkpoint.arena import NoRoom
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of, shown
-from moetrain.checkpoint.course import Course, Line, banks_of
+from moetrain.checkpoint.course import Attempt, Course, Line, banks_of, copied_experts
+from moetrain.checkpoint.fit import Share, fitting_experts
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.ledger import Ledger
-from moetrain.checkpoint.modes import is_derived, is_written
+from moetrain.checkpoint.modes import Selection, is_derived, is_written
 from moetrain.checkpoint.plan import Holding, Part, holdings_of, lay_out, merged, my_parts
 from moetrain.checkpoint.process import AgentDied, Connect, Launcher, NodeMemory
 from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together, together
@@ -60,6 +61,14 @@ class Status:
     @property
     def pending(self) -> bool:
         return self.pending_seq is not None
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A copy in memory: the ledger as a recovery to it would find it."""
+
+    save: SaveId
+    ledger: Ledger
 
 
 @dataclass(frozen=True)
@@ -126,8 +135,9 @@ class Checkpointer:
         self._accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
         self._course = Course(self._folder, config, self._turns)
-        self._keep: SaveId | None = None  # rank 0: the newest save that all ranks have in memory,
-        self._open: SaveId | None = None  # and a newer one of which that is not known yet
+        self._copied_experts: int | None = None  # of every bank in one copy in memory; None: all
+        self._keep: Copied | None = None  # rank 0: the newest save that all ranks have in memory,
+        self._open: Copied | None = None  # and a newer one of which that is not known yet
         self._copying, self._persisting = Lane("checkpoint-copy"), Lane("checkpoint-persist")
         self._places = threading.BoundedSemaphore(2)  # rank 0: of a save that is being persisted, and of one that waits for it
         self._pending: Pending | None = None
@@ -206,6 +216,8 @@ class Checkpointer:
         if at == "never":
             self._memory.forget()
         self._meet(state)
+        self._check_room(state)
+        self._find_partner()
         if restored is None:
             return None
         choice, report = restored
@@ -241,6 +253,35 @@ class Checkpointer:
             answers = [own]
         lists = {found["folder"] + str(found["address"]): found for found in answers if isinstance(found, dict)}
         return Memory(list(lists.values()), own)
+
+    def _check_room(self, state: ModelState) -> None:
+        """Decides before training what a copy holds. Raises CheckpointError on every rank when there is no room on one node."""
+        parts = my_parts(parts_of(state), self._rank, holdings=self._holdings)
+        experts = sum(part.num_bytes for part in parts if part.tensor.group)
+        share = [self._memory.place, sum(part.num_bytes for part in parts) - experts, experts, self._memory.possible_bytes()]
+        shares = [Share(*found) for found in self._gather(share) if isinstance(found, list)]
+        num_experts = max(self._course.known_banks.values(), default=0)
+        count = fitting_experts(shares, num_experts, self._config.snapshot_experts)
+        self._copied_experts = count if count < num_experts else None
+        if self._copied_experts and self._rank == 0:
+            sentence = "A copy in memory holds %d of the %d experts of a layer; a fault takes the others back to older copies."
+            logger("checkpoint").info(sentence, count, num_experts)
+
+    def _find_partner(self) -> None:
+        """With several nodes every agent gets the next one as its partner, in a ring."""
+        places = self._gather(self._memory.place) if self._config.agent.partner else []
+        if len(set(map(str, places))) < 2:
+            return
+        addresses = together(self._memory.address, self._gather)
+        nodes = [address for number, address in enumerate(addresses) if address not in addresses[:number]]
+        if None in nodes or len(nodes) < 2:
+            return
+        partner = nodes[(nodes.index(addresses[self._rank]) + 1) % len(nodes)]
+        assert isinstance(partner, dict)
+        try:
+            self._memory.set_partner(partner)
+        except AgentDied as died:
+            logger("checkpoint").warning(f"No copies go to another node: {died}.")
 
     def _meet(self, state: ModelState) -> None:
         """Every rank learns who holds what, so that from now on all divide a save alike without asking."""
@@ -323,7 +364,7 @@ class Checkpointer:
         """Rank 0: what this save is."""
         save, order = pending.save, pending.order
         if self._open is not None:
-            complete = self._accord.is_complete(self._open, READY_SECONDS if order.persists else 0.0)
+            complete = self._accord.is_complete(self._open.save, READY_SECONDS if order.persists else 0.0)
             if complete is None and not order.persists:
                 return Decision(save, "the copy before it is not in the memory of every rank yet.")
             self._keep, self._open = self._open if complete else self._keep, None  # what is not known to be complete is given up by all
@@ -332,16 +373,25 @@ class Checkpointer:
         pending.is_queued = order.persists and self._places.acquire(blocking=False)
         persists = pending.is_queued or (order.persists and order.full)
         attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._homes) if persists else None
-        self._open = save
-        memory_ledger = pending.ledger.after(None, self._config.mode)
+        in_memory = self._copies(save, attempt)
+        ledger = pending.ledger.since(self._keep.ledger) if self._keep else self._course.seen(pending.ledger)
+        ledger = ledger.after(in_memory, self._config.mode)
+        self._open = Copied(save, ledger)
         return Decision(
             save,
-            keep=self._keep,
+            keep=self._keep and self._keep.save,
             persists=persists,
             index=attempt.line.index if attempt else 0,
             selection=attempt.selection if attempt else None,
-            memory_ledger=memory_ledger.to_json() if memory_ledger.total else {},
+            in_memory=in_memory,
+            ledger=ledger.to_json() if ledger.total else {},
         )
+
+    def _copies(self, save: SaveId, attempt: Attempt | None) -> Selection | None:
+        """The experts that are copied; None: all of them."""
+        if self._copied_experts is None or (attempt is not None and attempt.selection is None):
+            return None
+        return copied_experts(save.seq, self._course.known_banks, self._copied_experts, attempt.selection if attempt else None)
 
     def _copy(self, pending: Pending, decision: Decision, state: ModelState, progress: dict, ready: Ready) -> SaveJob:
         """Copies this rank's part into slots; when it returns the agent has it."""
@@ -373,7 +423,7 @@ class Checkpointer:
             progress=progress,
             keep=self._config.keep,
             timeout_seconds=self._config.timeout_seconds,
-            ledger=decision.memory_ledger,
+            ledger=decision.ledger,
         )
         self._memory.filled(job, list(slots))
         self._status = replace(self._status, copied_step=pending.step)

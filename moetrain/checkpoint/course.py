@@ -9,6 +9,7 @@ from moetrain.base.log import logger
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import Selection
+from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.turns import Homes, Turns
 from moetrain.store.manifest import Group, SaveId, natural
 from moetrain.store.objects import CheckpointFolder
@@ -44,7 +45,7 @@ class Course:
         self._line = Line()
         self._attempts: dict[SaveId, Attempt] = {}  # on their way
         self._late: dict[SaveId, Attempt] = {}  # of which rank 0's agent has not said what became of them
-        self._known_banks: dict[str, int] | None = None
+        self.known_banks: dict[str, int] = {}
         self._lock = Lock()
 
     def continues(self, line: Line) -> None:
@@ -53,7 +54,7 @@ class Course:
 
     def knows(self, banks: dict[str, int]) -> None:
         """The banks of the state that is saved, so that a full save that is still on its way can be built on."""
-        self._known_banks = banks or None
+        self.known_banks = banks
 
     def next(self, save: SaveId, counted: Ledger, full: bool, expected_faults: float, homes: Homes | None) -> Attempt:
         """What this save writes. A save before it that is still on its way is taken for one that will be committed."""
@@ -63,6 +64,10 @@ class Course:
             selection = None if self._is_full(line, full) else self._turns.selection(line.index, ledger, expected_faults, homes)
             self._attempts[save] = attempt = Attempt(line, selection, counted)
             return attempt
+
+    def seen(self, counted: Ledger) -> Ledger:
+        """The live ledger, as the newest commit leaves it."""
+        return self._seen_from(self._line, counted)
 
     def ledger(self, save: SaveId) -> dict:
         """For the manifest: what was counted, seen from the newest commit there is now, after this save."""
@@ -98,7 +103,7 @@ class Course:
             return self._line
         newest = max(self._attempts)
         attempt = self._attempts[newest]
-        banks = attempt.line.banks or self._known_banks
+        banks = attempt.line.banks or self.known_banks or None
         ledger = self._seen_from(attempt.line, attempt.counted).after(attempt.selection, self._config.mode)
         return Line(newest, attempt.line.index + 1, banks, ledger if ledger.total else None)
 
@@ -117,6 +122,12 @@ class Course:
         except CheckpointError as error:
             logger("checkpoint").warning(f"{error.message} The next checkpoint is a full one.")
             return None
+
+
+def copied_experts(number: int, banks: dict[str, int], count: int, selection: Selection | None) -> Selection:
+    """Which experts the copy of this number in memory holds: `count` of every bank in turn, and those that go to the store."""
+    turn = rotation(number, banks, count)
+    return {bank: sorted({*experts, *(selection or {}).get(bank, ())}) for bank, experts in turn.items()}
 
 
 def banks_of(groups: Iterable[Group]) -> dict[str, int]:

@@ -11,8 +11,9 @@ from crc32c import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Slot
 from moetrain.checkpoint.job import Receipt, SaveJob
-from moetrain.checkpoint.merge import merge
+from moetrain.checkpoint.merge import collect, merge
 from moetrain.checkpoint.writer import with_checksums
+from moetrain.store.boxes import tiles
 from moetrain.store.encode import stored_dtype
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId, Tensor, seal, unseal
 
@@ -134,8 +135,8 @@ def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manif
         by_save[one.save].setdefault(one.job.rank, one)
     points = []
     for save, parts in sorted(by_save.items(), reverse=True):
-        first = next(iter(parts.values()))
-        if len(parts) != first.job.world or any(one.is_trimmed for one in parts.values()):
+        first = parts.get(0)  # which knows the parent
+        if first is None or len(parts) != first.job.world or any(one.is_trimmed for one in parts.values()):
             continue
         older = [one for one in generations if one.save < save and one.save.epoch == save.epoch]
         try:
@@ -152,25 +153,22 @@ def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> Mani
         return None
     tensors = dict(disk.tensors) if disk else {}
     objects = dict(disk.objects) if disk else {}
-    for one in sorted(older, key=lambda one: one.save):
+    for save in sorted({one.save for one in older}):
+        receipts = [one.receipt for one in older if one.save == save]
         written: dict[Group, list[Tensor]] = defaultdict(list)
-        for tensor in one.receipt.tensors:
-            if tensor.group and tensor.pieces:
-                written[tensor.group].append(tensor)
+        for tensor, pieces in collect(receipts).values():
+            if tensor.group and pieces:
+                written[tensor.group].append(replace(tensor, pieces=tuple(pieces)))
         for group_tensors in written.values():
-            if all(covers(tensor) for tensor in group_tensors):
+            if all(tiles([(piece.offset, piece.shape) for piece in tensor.pieces], tensor.shape) for tensor in group_tensors):
                 tensors |= {tensor.key: tensor for tensor in group_tensors}
-        objects |= {record.name: record for record in one.receipt.objects}
+        objects |= {record.name: record for receipt in receipts for record in receipt.objects}
     return replace(_empty(job), tensors=tensors, objects=objects)
 
 
 def piece_crc(memory: memoryview, held: Held, piece: Piece) -> int:
     item = stored_dtype(held.dtype).itemsize
     return crc32c(memory[piece.start * item : (piece.start + prod(piece.shape)) * item])
-
-
-def covers(tensor: Tensor) -> bool:
-    return sum(prod(piece.shape) for piece in tensor.pieces) == tensor.num_values
 
 
 def _empty(job: SaveJob) -> Manifest:

@@ -20,7 +20,7 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
             raise CheckpointError(f"rank {receipt.rank} chose other experts than rank 0.")
     objects = {record.name: record for receipt in receipts for record in receipt.objects}
     new_bytes = sum(record.num_bytes for record in objects.values())
-    found = _collect(receipts)
+    found = collect(receipts)
     now_written = {key for key, (tensor, _) in found.items() if is_written(tensor, job.mode, job.selection)}
     tensors = {key: _written(*found[key]) for key in found if key in now_written}
     for key, (tensor, _) in found.items():
@@ -44,7 +44,8 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
     )
 
 
-def _collect(receipts: Iterable[Receipt]) -> dict[str, tuple[Tensor, list[Piece]]]:
+def collect(receipts: Iterable[Receipt]) -> dict[str, tuple[Tensor, list[Piece]]]:
+    """Every logical tensor that the receipts speak of, and its pieces. Raises CheckpointError when they disagree."""
     found: dict[str, tuple[Tensor, list[Piece]]] = {}
     for receipt in receipts:
         for tensor in receipt.tensors:

@@ -8,14 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
 import moetrain
-from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot
+from moetrain.base.log import logger
+from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot, possible_bytes
 from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.serve import SOCKET, short_path
@@ -41,8 +42,14 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-Connect = Callable[[bool], Link | None]
-"""A new connection. True: the agent is started when there is none; False: None then. Raises AgentDied."""
+class Connect(Protocol):
+    """The way to the agent of this node. `folder`: its arena."""
+
+    folder: Path
+
+    def __call__(self, start: bool) -> Link | None:
+        """A new connection. `start`: the agent is started when there is none; otherwise None then. Raises AgentDied."""
+        ...
 
 
 class SocketLink:
@@ -173,15 +180,28 @@ class NodeMemory:
         with suppress(AgentDied):
             self._call("copy", {"op": "forget", "epoch": self._epoch}, start=False)
 
+    @property
+    def place(self) -> str:
+        """The same for the ranks that have this node's memory in common."""
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/mnt')} {self._connect.folder}"
+
+    def possible_bytes(self) -> int:
+        """What the arena of this node could hold in all."""
+        return possible_bytes(self._connect.folder)
+
     def set_partner(self, address: dict) -> None:
         """The agent that gets copies of what this one has."""
         self._partner = address
         if "copy" in self._links:
             self._call("copy", {"op": "partner", "address": address})
 
-    def identity(self) -> dict:
-        """Address and folder of the agent, which is started when there is none. Raises AgentDied."""
-        return self._call("copy", {"op": "join", "epoch": self._epoch})
+    def address(self) -> dict | None:
+        """Where other nodes reach the agent, which is started when there is none; None when that fails."""
+        try:
+            return self._call("copy", {"op": "join", "epoch": self._epoch})["address"]
+        except AgentDied as died:
+            logger("checkpoint").warning(f"No copies go to another node: {died}.")
+            return None
 
     def leave(self, done: bool) -> None:
         """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""

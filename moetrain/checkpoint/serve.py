@@ -22,12 +22,12 @@ from threading import Thread
 from moetrain.base.clock import Clock, SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.agent import Agent, Alive, Answer, Session
-from moetrain.checkpoint.arena import Arena, own_folder
+from moetrain.checkpoint.arena import SLOTS, Arena, own_folder
 from moetrain.checkpoint.wire import Address, WireError, fresh_room, receive, send
 from moetrain.store.io import Io
 from moetrain.store.objects import Superseded
 
-ABOUT, SOCKET, SLOTS = "agent.json", "socket", "slots"
+ABOUT, SOCKET = "agent.json", "socket"
 MESSAGE_SECONDS = 30.0  # for one message once it has begun
 LOOK_SECONDS = 0.2  # how often an agent asks itself whether it is over
 GRACE_SECONDS = 20.0  # before the first rank comes

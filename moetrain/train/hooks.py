@@ -120,8 +120,8 @@ class SampleHook:
 
 
 class SaveHook:
-    """A checkpoint every `every_steps` (0 = never; the loop itself saves the last step) or as often as measured costs advise, and a record
-    whenever its state changes.
+    """A checkpoint every `every_steps` (0 = never; the loop itself saves the last step) or as often as measured costs advise, copies in
+    memory every `snapshot_every` besides, and a record whenever its state changes.
 
     What rank 0 measured decides for all: they hear of it at every save.
     """
@@ -144,6 +144,8 @@ class SaveHook:
         if is_due and not run.progress.finished:
             self._save(run)
             self._report(run)
+        elif _is_due(run, self.config.snapshot_every) and not run.progress.finished:
+            run.checkpoint.save(run.engine.state(), run.progress.as_dict(), persists=False)
         self._was_saving = run.checkpoint.status().pending
 
     def on_finish(self, run: Run, reason: str) -> None:

@@ -1,6 +1,7 @@
 """Real ranks with real agents: an agent killed between saves costs nothing, ranks that are killed come back from memory."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -122,5 +123,22 @@ def test_killed_ranks_come_back_at_the_copy_in_memory_without_reading_the_disk(t
     assert found["step"] == 3
     assert set(found["ages"]) == {0}
     assert list(found["read"]) == ["the memory of this node"]
+    wait_for_no_agent(tmp_path)
+    assert not list(tmp_path.glob("memory*/*"))
+
+
+def test_a_lost_node_comes_back_from_the_partners_copy_without_reading_the_disk(tmp_path):
+    folder = tmp_path / "checkpoint"
+    with pytest.raises(AssertionError, match="exit code -9"):
+        run_ranks(train_and_die, 2, tmp_path, folder, 2)
+    for pid in agents(folder.with_name("memory0")):
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(folder.with_name("memory0"))
+    found, _ = run_ranks(resume, 2, tmp_path, folder, 2)
+    assert found["step"] == 3
+    assert set(found["ages"]) == {0}
+    assert "disk" not in found["read"]
+    (copy,) = [source for source in found["read"] if source.startswith("the copy on 127.0.0.1:")]
+    assert any(f"from {copy}" in line for line in found["lines"])
     wait_for_no_agent(tmp_path)
     assert not list(tmp_path.glob("memory*/*"))

@@ -114,7 +114,7 @@ def test_a_checkpoint_of_device_tensors_is_of_its_moment_and_loads_on_both(tmp_p
     from tests.unit.checkpoint_kit import LocalNode
 
     engine = engine_on("cuda", "scmoe", "float32")
-    saver = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, lambda value: value, SystemClock(), LocalNode().connect)
+    saver = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, lambda value: value, SystemClock(), LocalNode())
     engine.step(step_batches(0), 1e-2, lambda: None)
     saved = {key: value.clone() for key, value in assemble(engine.state()).items()}
     saver.save(engine.state(), {"step": 1})
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_device_tensors_is_of_its_moment_and_loads_on_both(tmp_p
     assert any(not torch.equal(value, saved[key]) for key, value in assemble(engine.state()).items())
     for device in ("cuda", "cpu"):
         fresh = engine_on(device, "scmoe", "float32")
-        reader = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, lambda value: value, SystemClock(), LocalNode().connect)
+        reader = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, lambda value: value, SystemClock(), LocalNode())
         state = fresh.state()
         report = reader.load(state, "must")
         assert report is not None and report.step == 1

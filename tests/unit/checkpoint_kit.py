@@ -89,7 +89,7 @@ class LocalNode:
         own_folder(self.folder)
         self.agent = Agent(self.folder, Arena([self.folder / "slots"], self._free), Io(), SystemClock())
 
-    def connect(self, start: bool) -> "LocalLink":
+    def __call__(self, start: bool) -> "LocalLink":
         return LocalLink(self)
 
 
@@ -165,7 +165,7 @@ class Job:
         board = DictBoard()
         self.ranks = [
             Checkpointer(
-                folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.nodes[rank].connect, self.circle.of(rank), turns,
+                folder, self.settings, rank, world, spread.of(rank), SystemClock(), self.nodes[rank], self.circle.of(rank), turns,
                 board,
             )
             for rank in range(world)

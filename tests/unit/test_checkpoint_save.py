@@ -143,7 +143,7 @@ def test_bfloat16_and_empty_arrays_round_trip(tmp_path):
         Fragment("c", "step", "blocks.0.moe.experts", 0, (), Box.whole(()), (0,), torch.tensor(5)),
     ]
     saved = [piece.data.clone() for piece in state]
-    one = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, alone, SystemClock(), LocalNode().connect)
+    one = Checkpointer(tmp_path, CheckpointConfig(), 0, 1, alone, SystemClock(), LocalNode())
     one.save(state, {"step": 1})
     one.finish()
     for piece in state:

@@ -1,0 +1,251 @@
+"""Copies in the memory of nodes: what they bring back, what they leave to the disk, and how they are given up. Agents in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.agent import GENERATIONS
+from moetrain.checkpoint.arena import State, arena_folder, own_folder
+from moetrain.checkpoint.fit import Share, fitting_experts
+from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected
+
+
+def nodes_of(world: int) -> list[LocalNode]:
+    return [LocalNode() for _ in range(world)]
+
+
+def copy(job: Job, version: int) -> None:
+    """Into memory only, on every rank."""
+    states = job.states(version)
+    pending = [rank.save(state, {"step": version}, persists=False) for rank, state in zip(job.ranks, states, strict=True)]
+    assert all(one.done.wait(60) for one in pending)
+
+
+def restart(job: Job, **config: object) -> Job:
+    """The same command after kill -9 of all ranks: their agents are still there."""
+    return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, **config)
+
+
+def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
+    job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
+    job.save(1)
+    copy(job, 2)
+    copy(job, 3)
+    again = restart(job)
+    report, whole = again.load()
+    assert report is not None
+    assert report.step == 3
+    assert set(report.ages.values()) == {0}
+    assert "disk" not in report.read
+    assert_equal(whole, expected(3))
+    assert all(pending.committed for pending in again.save(4))  # goes on from the checkpoint of step 1
+    assert_equal(restart(again).load()[1], expected(4))
+
+
+def test_a_copy_that_one_rank_lacks_is_no_recovery_point(tmp_path):
+    job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
+    job.save(1)
+    copy(job, 2)
+    job.nodes[1].dead = True
+    copy(job, 3)
+    job.nodes[1].dead = False
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == 2
+    assert_equal(whole, expected(2))
+
+
+def test_without_memory_the_disk_is_read(tmp_path):
+    job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
+    job.save(1)
+    copy(job, 2)
+    job.nodes[1] = LocalNode()  # another machine
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == 1
+    assert set(report.read) == {"the memory of this node", "disk"}  # node 0 still has its part of that save
+    assert_equal(whole, expected(1))
+
+
+def test_a_damaged_expert_in_memory_comes_from_an_older_version_and_is_named(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    copy(job, 2)
+    agent = job.nodes[0].agent
+    newest = max(agent.generations.values(), key=lambda one: one.save)
+    held = next(held for held in newest.held.values() if held.group == (BANKS[0], 2) and held.size)
+    agent.arena.slots[held.slot].memory[5] ^= 0x10
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == 2
+    assert any("damaged in memory" in line for line in report.damaged)
+    assert any(f"Expert 2 of {BANKS[0]} is taken from the checkpoint of step 1" in line for line in report.damaged)
+    assert_equal(whole, expected(2, {(BANKS[0], 2): 1}))
+
+
+def test_a_damaged_slot_is_never_written_to_the_store(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    agent = job.nodes[0].agent
+    persist = agent.for_ranks["persist"]
+
+    def damage_then_persist(session, request, raw):
+        held = next(held for held in next(iter(agent.generations.values())).held.values() if held.size)
+        agent.arena.slots[held.slot].memory[0] ^= 1
+        return persist(session, request, raw)
+
+    agent.for_ranks["persist"] = damage_then_persist
+    (pending,) = job.save(1)
+    assert not pending.committed
+    assert "damaged" in pending.reason
+
+
+def test_an_agent_takes_over_from_one_that_was_killed(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    copy(job, 2)
+    (job.nodes[0].folder / "slots" / "half-made").write_bytes(b"x" * 4096)
+    job.nodes[0].start()
+    assert not (job.nodes[0].folder / "slots" / "half-made").exists()
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == 2
+    assert_equal(whole, expected(2))
+
+
+@pytest.mark.parametrize("damage", [b"", b"{}", b"flip"])
+def test_a_damaged_description_hides_its_copy_and_no_other(tmp_path, damage):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    copy(job, 2)
+    newest = sorted((job.nodes[0].folder / GENERATIONS).glob("*.json"))[-1]
+    data = newest.read_bytes()
+    newest.write_bytes(damage if damage != b"flip" else data.replace(b'"step":2', b'"step":3'))
+    job.nodes[0].start()
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == 1
+    assert_equal(whole, expected(1))
+
+
+def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    copy(job, 2)
+    arena = job.nodes[0].agent.arena
+    held = arena.num_bytes
+    for step in range(3, 9):
+        copy(job, step)
+    assert arena.num_bytes == held
+    assert {one.job.step for one in job.nodes[0].agent.generations.values()} == {7, 8}
+
+
+def test_a_rank_that_dies_while_it_copies_leaves_no_slot_behind(tmp_path):
+    node = LocalNode()
+    link = node(start=True)
+    link.call({"op": "join", "rank": 0, "epoch": 1}, 1)
+    link.call({"op": "reserve", "rank": 0, "save": [1, 1], "keep": None, "sizes": [100, 5000]}, 1)
+    assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FILLING] * 2
+    link.close()
+    assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FREE] * 2
+
+
+def test_an_older_job_loses_the_memory_to_a_younger_one(tmp_path):
+    nodes = nodes_of(1)
+    old = Job(tmp_path, 1, 1, nodes=nodes)
+    old.save(1)
+    young = Job(tmp_path, 1, 1, nodes=nodes)
+    young.load()
+    copy(old, 2)
+    with pytest.raises(CheckpointError, match="taken over the memory"):
+        old.ranks[0].save(old.states(3)[0], {"step": 3})
+    young.save(2)
+
+
+def test_starting_anew_forgets_what_is_in_memory(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    again = restart(job)
+    assert again.load("never")[0] is None
+    assert job.nodes[0].agent.generations == {}
+
+
+def test_a_run_that_took_its_leave_is_read_from_disk(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    job.ranks[0].finish()
+    report, whole = restart(job).load()
+    assert report is not None
+    assert list(report.read) == ["disk"]
+    assert_equal(whole, expected(1))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_copies_of_some_experts_take_the_others_from_older_copies(tmp_path, sharded):
+    job = Job(tmp_path, 2, 2, sharded, nodes=nodes_of(2), snapshot_experts=1)
+    job.load()
+    job.save(1)
+    for step in range(2, 2 + 2 * NUM_EXPERTS):
+        copy(job, step)
+    again = restart(job, snapshot_experts=1)
+    report, whole = again.load()
+    assert report is not None
+    last = 1 + 2 * NUM_EXPERTS
+    assert report.step == last
+    assert "disk" not in report.read
+    assert {bank: sorted(report.ages[bank, expert] for expert in range(NUM_EXPERTS)) for bank in BANKS} == {
+        bank: list(range(NUM_EXPERTS)) for bank in BANKS
+    }
+    assert_equal(whole, expected(last, {group: last - age for group, age in report.ages.items()}))
+
+
+def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    job.nodes[0] = LocalNode()
+    job = restart(job, snapshot_experts=2)
+    job.load()
+    copy(job, 2)
+    report, whole = restart(job, snapshot_experts=2).load()
+    assert report is not None
+    assert report.step == 2
+    assert sorted(report.ages.values()) == [0] * 4 + [1] * 4
+    assert "disk" in report.read
+    assert_equal(whole, expected(2, {group: 2 - age for group, age in report.ages.items()}))
+
+
+def test_as_many_experts_are_copied_as_fit_on_every_node():
+    roomy = Share("a", 100, 800, 10_000)
+    assert fitting_experts([roomy], 8) == 8
+    assert fitting_experts([Share("a", 100, 800, 3000), roomy], 8) == 4  # both ranks of one node count, its room once
+    assert fitting_experts([Share("b", 100, 800, 1500), roomy], 8) == 4
+    assert fitting_experts([Share("b", 100, 800, 1500)], 8, wanted=2) == 2
+    assert fitting_experts([Share("b", 100, 0, 1500)], 0) == 0
+    with pytest.raises(CheckpointError, match=r"there is room for 1\.0 kB"):
+        fitting_experts([Share("b", 100, 800, 1000)], 8)
+
+
+def test_no_room_is_said_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folder: 1000)
+    with pytest.raises(CheckpointError, match="fit nowhere"):
+        Job(tmp_path, 2, 2).load()
+
+
+def test_nobody_elses_folder_is_used(tmp_path):
+    folder = arena_folder(tmp_path / "checkpoint", str(tmp_path))
+    assert folder.name.startswith("moetrain-")
+    folder.mkdir(mode=0o755)
+    with pytest.raises(CheckpointError, match="open to others"):
+        own_folder(folder)
+    assert arena_folder(tmp_path / "other", str(tmp_path)) != folder
+    assert arena_folder(Path("/a/checkpoint")) == arena_folder(Path("/a/checkpoint"))
+
+
+def test_status_counts_slots_by_state(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    found = job.nodes[0](start=True).call({"op": "status"}, 1)
+    assert json.dumps(found)
+    assert found["slots"].keys() == {"READY"}
+    assert [row["step"] for row in found["generations"]] == [1]
