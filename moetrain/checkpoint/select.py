@@ -3,9 +3,10 @@
 A rule ranks the experts of a bank, the most urgent first; `first_of` takes K of them and keeps an upper limit of the age.
 """
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import numpy as np
 
 from moetrain.checkpoint.modes import Selection
 from moetrain.store.manifest import Group
@@ -101,26 +102,48 @@ def balanced(
     experts. Of the exchanges that help, the one that goes least far down a ranking comes first; none touches a forced expert. It ends when
     no rank writes more than 1.05 times what it would if all wrote the same, or when no exchange helps.
     """
+    if not homes:
+        return selection
+    banks, places = sorted(rankings), sorted(set(homes.values()))
     chosen = {bank: set(experts) for bank, experts in selection.items()}
-    place = {bank: {expert: number for number, expert in enumerate(ranking)} for bank, ranking in rankings.items()}
-    load: dict[tuple[int, ...], int] = defaultdict(int, dict.fromkeys(homes.values(), 0))
-    for bank, experts in chosen.items():
-        for expert in experts:
-            load[homes[bank, expert]] += 1
-    num_ranks = len({rank for home in load for rank in home})
-    limit = TOLERANCE * (sum(load.values()) + spread) / num_ranks
-    while (heaviest := max(load, key=lambda home: (load[home] / len(home), home))) and load[heaviest] / len(heaviest) > limit:
-        lighter = {home for home in load if (load[home] + 1) / len(home) < load[heaviest] / len(heaviest)}
-        exchanges = []
-        for bank, experts in chosen.items():
-            heavy = max((e for e in experts - forced[bank] if homes[bank, e] == heaviest), key=place[bank].__getitem__, default=None)
-            light = next((e for e in rankings[bank] if e not in experts and homes[bank, e] in lighter), None)
-            if heavy is not None and light is not None:
-                exchanges.append((place[bank][light] - place[bank][heavy], bank, heavy, light))
-        if not exchanges:
+    movable = {bank: experts - forced[bank] for bank, experts in chosen.items()}
+    number = {home: index for index, home in enumerate(places)}
+    home_BE = _table(banks, rankings, lambda bank, expert: number[homes[bank, expert]])
+    free_BE = _table(banks, rankings, lambda bank, expert: expert not in chosen[bank]) == 1
+    movable_BE = _table(banks, rankings, lambda bank, expert: expert in movable[bank]) == 1
+    width_H = np.array([len(home) for home in places])
+    load_H = np.bincount(home_BE[~free_BE & (home_BE >= 0)], minlength=len(places))
+    limit = TOLERANCE * (load_H.sum() + spread) / len({rank for home in places for rank in home})
+    while True:
+        share_H = load_H / width_H
+        heaviest = len(places) - 1 - int(share_H[::-1].argmax())
+        if share_H[heaviest] <= limit:
             break
-        _, bank, heavy, light = min(exchanges)
-        chosen[bank] = chosen[bank] - {heavy} | {light}
-        load[heaviest] -= 1
-        load[homes[bank, light]] += 1
-    return {bank: sorted(experts) for bank, experts in chosen.items()}
+        exchange = _exchange(movable_BE & (home_BE == heaviest), free_BE & ((load_H + 1) / width_H < share_H[heaviest])[home_BE])
+        if exchange is None:
+            break
+        bank, heavy, light = exchange
+        free_BE[bank, [heavy, light]] = movable_BE[bank, [light, heavy]] = True, False
+        load_H[[heaviest, home_BE[bank, light]]] += -1, 1
+    free = dict(zip(banks, free_BE, strict=True))
+    return {bank: sorted(e for e, is_free in zip(ranking, free[bank], strict=False) if not is_free) for bank, ranking in rankings.items()}
+
+
+def _table(banks: list[str], rankings: dict[str, list[int]], value: Callable[[str, int], int]) -> np.ndarray:
+    """A value of every expert, [banks, E]: row by row in the order of the rankings, -1 behind the end of a short one."""
+    table_BE = np.full((len(banks), max(map(len, rankings.values()))), -1)
+    for row, bank in zip(table_BE, banks, strict=True):
+        row[: len(rankings[bank])] = [value(bank, expert) for expert in rankings[bank]]
+    return table_BE
+
+
+def _exchange(heavy_BE: np.ndarray, light_BE: np.ndarray) -> tuple[int, int, int] | None:
+    """Bank, place of the expert that is left out and of the one that is taken: of every bank the last heavy and the first light one, of
+    these pairs the closest."""
+    heavy_B = heavy_BE.shape[1] - 1 - heavy_BE[:, ::-1].argmax(axis=1)
+    light_B = light_BE.argmax(axis=1)
+    possible_B = np.flatnonzero(heavy_BE.any(axis=1) & light_BE.any(axis=1))
+    if not possible_B.size:
+        return None
+    bank = int(possible_B[(light_B - heavy_B)[possible_B].argmin()])
+    return bank, int(heavy_B[bank]), int(light_B[bank])

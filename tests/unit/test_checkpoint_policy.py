@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.base.errors import ConfigError
-from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.config import SELECTIONS, CheckpointConfig
 from moetrain.checkpoint.interval import Costs, best_interval
 from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.plt import plt, plt_if_fault, plt_of_moments, plt_of_weights
 from moetrain.checkpoint.select import RULES, Waiting, balanced, first_of, rotation
-from moetrain.checkpoint.turns import Homes, Horizon, Turns, max_age
+from moetrain.checkpoint.turns import Homes, Horizon, Turns, homes_of, max_age
 
 BANKS = {"blocks.0.moe.experts": 4, "blocks.1.moe.experts": 4}
 FIRST, SECOND = BANKS
@@ -235,6 +236,23 @@ def test_an_exchange_takes_the_next_best_expert_of_a_lighter_rank():
     assert balanced({"a": [0], "b": [1]}, {"a": set(), "b": set()}, rankings, homes) == {"a": [0], "b": [3]}
     assert balanced({"a": [0], "b": [1]}, {"a": set(), "b": {1}}, rankings, homes) == {"a": [2], "b": [1]}
     assert balanced({"a": [0], "b": [1]}, {"a": set(), "b": set()}, rankings, homes, spread=2.0) == {"a": [0], "b": [1]}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_a_model_without_experts_has_nobody_to_choose(selection):
+    turns, dense = Turns(CheckpointConfig(selection=selection), Horizon({}, 100)), homes_of([Holding(None, "master", (0, 1), 100)])
+    assert turns.selection(1, Ledger.of_banks({}), homes=dense) == {}
+
+
+def test_many_experts_on_many_ranks_are_exchanged_until_no_rank_is_heavy():
+    banks = [f"blocks.{layer}.moe.experts" for layer in range(12)]
+    rankings = {bank: [(expert * 7 + layer) % 64 for expert in range(64)] for layer, bank in enumerate(banks)}
+    homes = {(bank, expert): (expert // 2,) for bank in banks for expert in range(64)}
+    crowded = {bank: list(range(8)) for bank in banks}
+    found = balanced(crowded, {bank: set() for bank in banks}, rankings, homes)
+    assert heaviest(crowded, homes) == 24
+    assert heaviest(found, homes) == 12 * 8 // 32
+    assert all(len(experts) == 8 for experts in found.values())
 
 
 def test_unsaved_age_prefers_ranks_that_write_little():
