@@ -142,7 +142,7 @@ def workers(hosts: Sequence[Host]) -> set[int]:
 
 def drill(fault: str, folder: Path, options: argparse.Namespace, choose: random.Random) -> Outcome:
     """One job, one fault, to the end. Raises TimeoutError when it does not go on."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     with two_hosts(folder) as hosts:
         job = Job(folder, options.overrides, options.steps)
         job.start(list(hosts), hosts[0])
