@@ -22,15 +22,17 @@ def best_interval(save_seconds: float, mean_seconds_between_failures: float) -> 
 class Costs:
     """What was measured so far. A save costs what the steps beside it take longer than the others; its own time is hidden behind them."""
 
-    step_seconds: float = 0.0  # running mean of steps beside which nothing was saved
+    step_seconds: float = 0.0  # running mean of steps beside which nothing was saved; of others where they bring it down
     save_seconds: float = 0.0  # running mean of what a save added to the steps beside it
     persist_seconds: float = 0.0  # from the start of the last save to its commit
     added: float = 0.0  # by the save under way
 
     def after_step(self, seconds: float, is_saving: bool) -> "Costs":
-        """A step ended; `is_saving`: a save was under way."""
+        """A step ended; `is_saving`: a save was under way. Then it took no less than it would have taken alone: where a save is always
+        under way, the mean comes down to what the fastest steps take."""
         if is_saving:
-            return replace(self, added=self.added + seconds - self.step_seconds) if self.step_seconds else self
+            added = self.added + seconds - self.step_seconds if self.step_seconds else 0.0
+            return replace(self, added=added, step_seconds=_mean(self.step_seconds, min(seconds, self.step_seconds or seconds)))
         return replace(self, step_seconds=_mean(self.step_seconds, seconds))
 
     def after_save(self, persist_seconds: float) -> "Costs":

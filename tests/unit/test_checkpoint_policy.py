@@ -332,6 +332,16 @@ def test_a_save_that_costs_nothing_is_made_as_often_as_it_can_be_persisted():
     assert (costs.save_seconds, costs.interval(3600.0)) == (0.0, 3)
 
 
+@pytest.mark.parametrize("first_step_saves", [False, True])
+def test_a_slow_first_step_is_forgotten_although_a_save_is_always_under_way(first_step_saves):
+    costs = Costs().after_step(30.0, first_step_saves)
+    for _ in range(40):
+        costs = costs.after_step(1.0, is_saving=True)
+    costs = costs.after_save(9.0)
+    assert costs.step_seconds == pytest.approx(1.0, rel=0.01)
+    assert costs.interval(3600.0) == 9  # no shorter than one save takes
+
+
 def test_limits_of_ages_count_rounds():
     assert [max_age(16, 1, 2.2), max_age(64, 8, 2.2), max_age(5, 2, 1.0)] == [35, 17, floor(2.5)]
 
