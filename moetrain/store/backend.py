@@ -20,6 +20,11 @@ WRITERS = 4  # threads: what an object loses by waiting for its syncs, another o
 class Backend(Protocol):
     """Small files that appear whole, groups that appear whole, reads. Paths are full ones. Raises OSError, always with a `strerror`."""
 
+    @property
+    def block_bytes(self) -> int:
+        """How much is best read at once."""
+        ...
+
     def prepare(self, folders: Sequence[Path]) -> None:
         """Makes durable places to write into; existing ones are fine."""
         ...
@@ -92,6 +97,7 @@ class FolderBackend:
 
     def __init__(self, io: Io) -> None:
         self.io = io
+        self.block_bytes = io.block_bytes
         self.read, self.read_into, self.expect, self.size, self.exists = io.read, io.read_into, io.expect, io.size, io.exists
         self.is_folder, self.list, self.remove, self.remove_tree = io.is_folder, io.list, io.unlink, io.remove_tree
         self.settle = io.fsync_folder

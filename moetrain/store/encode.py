@@ -5,6 +5,7 @@ Any Zarr v3 reader opens what is written here. Our reader is stricter than most:
 
 import json
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,19 +53,25 @@ def checksums(values: np.ndarray, pieces: Sequence[tuple[int, int]] = ()) -> Sum
     starts = range(0, num_chunks(values.size, chunk) * chunk, chunk)
     inside = {edge for start, count in pieces for edge in (start, start + count)}
     edges = sorted({*starts, values.size, *inside})
-    parts = [(start, stop, crc32c(bytes_of(values[start:stop]))) for start, stop in pairwise(edges)]
-    at = {edge: number for number, edge in enumerate(edges)}
+    parts = {start: (stop, crc32c(bytes_of(values[start:stop]))) for start, stop in pairwise(edges)}
 
     def joined(start: int, count: int) -> int:
-        crc = 0
-        for first, stop, part in (parts[number] for number in range(at[start], at[start + count])):
-            crc = part if first == start else combine(crc, part, (stop - first) * values.itemsize)
-        return crc
+        return join(parts, start, start + count, values.itemsize)
 
     chunks = [joined(start, min(chunk, values.size - start)) for start in starts]
     if padding := len(starts) * chunk - values.size:
         chunks[-1] = crc32c(bytes_of(np.full(padding, fill_value(values.dtype), values.dtype)), chunks[-1])
     return Sums(chunks, [joined(start, count) for start, count in pieces])
+
+
+def join(parts: dict[int, tuple[int, int]], start: int, stop: int, itemsize: int) -> int:
+    """CRC32C of [start, stop) from parts without gaps: where one begins -> where it ends, and its CRC32C."""
+    crc, position = 0, start
+    while position < stop:
+        end, part = parts[position]
+        crc = part if position == start else combine(crc, part, (end - position) * itemsize)
+        position = end
+    return crc
 
 
 def encode(values: np.ndarray, attributes: Json, chunk_crcs: Sequence[int] | None = None) -> Encoded:
@@ -135,7 +142,10 @@ def shard_index(count: int, chunk_bytes: int) -> bytes:
 
 
 class Reads(Protocol):
-    """Where an array's files are read: `Io` or a `Backend`."""
+    """Where an array's files are read: `Io` or a `Backend`. `block_bytes`: how much is best read at once."""
+
+    @property
+    def block_bytes(self) -> int: ...
 
     def read(self, path: Path) -> bytes: ...
 
@@ -192,19 +202,55 @@ class ArrayReader:
         assert (result.size, result.dtype) == (count, self.dtype)
         if not count:
             return result
-        stride, item = self._chunk * self.dtype.itemsize, self.dtype.itemsize
-        memory, between, found, views = bytes_of(result), memoryview(bytearray(4)), 0, list[memoryview]()
-        first, position = start * item, 0
+        stride, first = self._chunk * self.dtype.itemsize, start * self.dtype.itemsize
+        memory, block, found, position = bytes_of(result), self._source.block_bytes, 0, 0
         while position < len(memory):
-            size = min(stride - (first + position) % stride, len(memory) - position)
-            views += [memory[position : position + size], between]
-            position += size
-        self._fill(first + first // stride * 4, views[:-1])
-        for view in views[:-1:2]:
-            found = crc32c(view, found)
+            begin, views = first + position, list[memoryview]()
+            stop = min(position + block, len(memory))
+            while position < stop:  # between two chunks of values stands a checksum
+                size = min(stride - (first + position) % stride, stop - position)
+                views += [memory[position : position + size], memoryview(bytearray(4))]
+                position += size
+            self._fill(begin + begin // stride * 4, views[:-1])
+            for view in views[:-1:2]:  # while it is still in the processor's cache
+                found = crc32c(view, found)
         if found != crc:
             raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones in the manifest.")
         return result.astype(self.dtype.newbyteorder("="), copy=False)
+
+    def verify(self, pieces: Sequence[tuple[int, int, int]]) -> None:
+        """Reads every byte once and keeps none: chunks by their own checksums, pieces (first value, number of values, CRC32C) by theirs."""
+        count, item = num_chunks(self.size, self._chunk), self.dtype.itemsize
+        edges = sorted({edge for start, size, _ in pieces for edge in (start, start + size)} | {i * self._chunk for i in range(count + 1)})
+        buffer, parts = memoryview(bytearray(self._source.block_bytes + 4)), dict[int, tuple[int, int]]()
+        for start, stop in ((number * self._chunk, (number + 1) * self._chunk) for number in range(count)):
+            inside = edges[bisect_right(edges, start) : bisect_right(edges, stop)]
+            stored = self._verify_chunk(start, inside, buffer, parts)
+            if join(parts, start, stop, item).to_bytes(4, "little") != stored:
+                raise CheckpointError(f"{self.folder / DATA} is damaged: the checksum of chunk {start // self._chunk} does not match.")
+        for start, size, crc in pieces:
+            self._check_range(start, size)
+            if size and join(parts, start, start + size, item) != crc:
+                raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones in the manifest.")
+
+    def _verify_chunk(self, start: int, edges: Sequence[int], buffer: memoryview, parts: dict[int, tuple[int, int]]) -> bytes:
+        """Adds the parts of the chunk that begins at value `start`, one up to each edge; returns the checksum that is stored behind it."""
+        item = self.dtype.itemsize
+        stride, position, crc, done = self._chunk * item, 0, 0, start
+        ends, size = [(edge - start) * item for edge in edges], 0
+        while position < stride:
+            size = min(len(buffer) - 4, stride - position)
+            with_checksum = size + 4 if position + size == stride else size
+            self._fill(start * item + start // self._chunk * 4 + position, [buffer[:with_checksum]])
+            at = 0
+            while ends and ends[0] <= position + size:
+                end = ends.pop(0)
+                crc = crc32c(buffer[at : end - position], crc)
+                parts[done] = (start + end // item, crc)
+                at, crc, done = end - position, 0, start + end // item
+            crc = crc32c(buffer[at:size], crc)
+            position += size
+        return bytes(buffer[size : size + 4])
 
     def _check_range(self, start: int, count: int) -> None:
         if not 0 <= start <= start + count <= self.size:

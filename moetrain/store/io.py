@@ -22,6 +22,8 @@ class Io:
     `size`, `num_links`) has none.
     """
 
+    block_bytes = 1 << 20  # what was read is still in the processor's cache when its checksum is taken
+
     def __init__(self, hook: Hook = no_hook) -> None:
         self._hook = hook
 

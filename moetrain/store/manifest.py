@@ -6,7 +6,7 @@ Never a list of differences: one read says everything, so a missing chunk can ne
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
@@ -73,6 +73,9 @@ class Tensor:
     @property
     def group(self) -> Group | None:
         return None if self.bank is None or self.expert is None else (self.bank, self.expert)
+
+    def to_json(self) -> dict:
+        return vars(self) | {"pieces": [vars(piece) for piece in self.pieces]}
 
     @classmethod
     def of_json(cls, found: dict) -> "Tensor":
@@ -158,8 +161,8 @@ class Manifest:
         return {tensor.group: tensor.pieces[0].value for tensor in steps if tensor.group and tensor.pieces[0].value is not None}
 
     def to_bytes(self) -> bytes:
-        found = asdict(self) | {"format": FORMAT, "version": VERSION}
-        found |= {"objects": list(found["objects"].values()), "tensors": list(found["tensors"].values())}
+        found = vars(self) | {"format": FORMAT, "version": VERSION}  # asdict copies deeply: seconds for 50 thousand tensors
+        found |= {"objects": [vars(record) for record in self.objects.values()], "tensors": [t.to_json() for t in self.tensors.values()]}
         return seal(json.dumps(found, separators=(",", ":")).encode())
 
     @classmethod

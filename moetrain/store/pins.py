@@ -41,6 +41,7 @@ class Pins:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
         if save in self._going() or not self._backend.exists(manifest):
             self._backend.remove(path)
+            self._backend.settle(self._folder)
             raise CheckpointError(f"seq {save.seq} is just being removed.", "Pin another one; `moetrain checkpoint list` shows them.")
 
     def remove(self, name: str) -> None:

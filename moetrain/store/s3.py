@@ -34,6 +34,8 @@ WHOLE_BYTES = 64 << 20  # a larger file is sent in parts, so that it is never jo
 class S3Backend:
     """One bucket. Paths are `s3:/bucket/key`, as `Path("s3://bucket/key")` spells them."""
 
+    block_bytes = 32 << 20  # a request costs as long as some megabytes
+
     def __init__(self, store: S3Store, sleep: Callable[[float], None] = time.sleep) -> None:
         self._store, self._sleep = store, sleep
 

@@ -187,3 +187,32 @@ def test_values_are_read_by_their_own_checksum_into_memory_of_the_caller(tmp_pat
     if count:
         with pytest.raises(CheckpointError, match="not the ones in the manifest"):
             reader.read_checked(start, count, crc ^ 1)
+
+
+@given(size=st.integers(1, 120), block=st.sampled_from([4, 12, 40, 64, 1 << 20]), data=st.data())
+def test_verify_reads_every_byte_and_checks_every_piece(tmp_path_factory, size, block, data):
+    cuts = sorted(data.draw(st.sets(st.integers(0, size), max_size=5)))
+    values = numbers("float32", size)
+    pieces = [(start, stop - start, crc32c(values[start:stop].tobytes())) for start, stop in pairwise(cuts)]
+    original, module.CHUNK_BYTES = module.CHUNK_BYTES, 64
+    try:
+        folder = write(tmp_path_factory.mktemp("verify") / "a", values)
+        io = Io()
+        io.block_bytes = block
+        ArrayReader(folder, io).verify(pieces)
+        content = bytearray((folder / DATA).read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] ^= 1
+        (folder / DATA).write_bytes(bytes(content))
+        with pytest.raises(CheckpointError, match="damaged"):
+            ArrayReader(folder, io).verify(pieces)
+    finally:
+        module.CHUNK_BYTES = original
+
+
+def test_verify_notices_pieces_that_changed_places(tmp_path, small_chunks):
+    values = numbers("float32", 40)
+    first, second = (crc32c(part.tobytes()) for part in (values[:20], values[20:]))
+    reader = ArrayReader(write(tmp_path / "a", values), Io())
+    reader.verify([(0, 20, first), (20, 20, second)])
+    with pytest.raises(CheckpointError, match="not the ones in the manifest"):
+        reader.verify([(0, 20, second), (20, 20, first)])

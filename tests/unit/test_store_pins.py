@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -10,7 +11,8 @@ from moetrain.base.errors import CheckpointError
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId, seal
 from moetrain.store.objects import CheckpointFolder, Superseded
-from tests.unit.test_store_objects import committed, objects
+from tests.unit.crash_fs import CrashStates, MemoryFs, paths
+from tests.unit.test_store_objects import committed, manifest, objects
 
 
 class Killed(Exception):
@@ -156,3 +158,18 @@ def test_an_interrupted_save_is_known(folder):
     folder.put_receipt(SaveId(1, 3), 0, {})
     folder.abandon(SaveId(1, 3), "a reason")
     assert folder.unfinished() == [SaveId(1, 2)]
+
+
+def test_a_pin_that_was_refused_does_not_come_back_after_a_power_failure():
+    fs, root = MemoryFs(), Path("/run")
+    folder = CheckpointFolder(root, fs)
+    folder.claim(0.0)
+    share = folder.new_share(SaveId(1, 1), 0)
+    folder.commit(manifest(SaveId(1, 1), [f"{share}/dense.float32"]))
+    fs.mkdir(root / "gc")
+    fs.write_new(root / "gc" / f"{SaveId(1, 2)}.manifests.json", [seal(json.dumps({"manifests": [str(SaveId(1, 1))]}).encode())])
+    with pytest.raises(CheckpointError, match="just being removed"):
+        folder.pin("mine", SaveId(1, 1))
+    states = CrashStates(fs)
+    left = [paths(states.state(len(fs.events), Random(seed))) for seed in range(50)]
+    assert not any("/pins/mine" in path for state in left for path in state)
