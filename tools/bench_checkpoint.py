@@ -293,6 +293,7 @@ def recoveries(trainer: Trainer, contenders: list[Contender], size: Size, cold: 
     files = [ours.folder / "objects" / name / "c.0" for name in sorted(mine)]
     files = [path for path in files if path.exists()]
     readers: dict[str, Callable[[], object]] = {contender.name: contender.load for contender in contenders}
+    readers[f"{OURS}: from memory"] = ours.load_from_memory
     readers[f"{OURS}: list"] = lambda: choose(ours.folder, Io(), glance)
     readers[f"{OURS}: read and verify"] = lambda: check(folder, share, check_object)
     readers["raw read"] = lambda: read_raw(files)
@@ -361,7 +362,7 @@ def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
         timed = [contender for contender in contenders if not isinstance(contender, DcpAsync | Nothing)]
         writes = write_rates(trainer, timed, size, folder)
         reads = {"cold": recoveries(trainer, timed, size, True), "warm": recoveries(trainer, timed, size, False)}
-        failures = {contender.name: contender.failures for contender in contenders if isinstance(contender, Ours)}
+        outcomes = {contender.name: contender.outcome() for contender in contenders if isinstance(contender, Ours)}
         for contender in contenders:
             contender.close()
         again = makers(folder / "memory", trainer.live)
@@ -369,7 +370,7 @@ def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
         found = {
             "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in trainer.live.mine.values()),
             "iterations": {name: asdict(one) for name, one in iterations.items()},
-            "bytes": files, "writes": writes, "reads": reads, "failures": failures, "memory": memory,
+            "bytes": files, "writes": writes, "reads": reads, "outcomes": outcomes, "memory": memory,
         }  # fmt: skip
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
         world.barrier("the end")
@@ -382,13 +383,15 @@ def run_ranks(folder: Path, size: Size) -> list[dict]:
     ranks = [context.Process(target=run_rank, args=(rank, meeting, folder, size)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
-    while any(process.is_alive() for process in ranks) and not any(process.exitcode for process in ranks):
-        connection.wait([process.sentinel for process in ranks if process.is_alive()])
-    if any(process.exitcode for process in ranks):
-        for process in ranks:
-            process.kill()  # it would wait for the one that failed
+    waiting = {process.sentinel: process for process in ranks}
+    while waiting:
+        ended = [waiting.pop(sentinel) for sentinel in connection.wait(list(waiting)) if isinstance(sentinel, int)]
+        for process in ended:
             process.join()
-        raise RuntimeError(f"ranks ended with {[process.exitcode for process in ranks]}; the first error above says why")
+        if any(process.exitcode for process in ended):
+            for process in waiting.values():
+                process.kill()  # it would wait for the one that failed
+            raise RuntimeError("a rank failed; the first error above says why")
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
@@ -441,6 +444,7 @@ def rates(found: list[dict]) -> dict[str, dict[str, float]]:
         reads = [rank["reads"][state] for rank in found]
         result[f"read and verify, {state}, against raw read"] = paired(reads, f"{OURS}: read and verify", "raw read")
         result[f"whole recovery, {state}, against DCP full load"] = paired(reads, OURS, "DCP sync")
+        result[f"whole recovery from memory, {state}, against DCP full load"] = paired(reads, f"{OURS}: from memory", "DCP sync")
     return result
 
 
@@ -463,8 +467,9 @@ def lines(found: list[dict]) -> Iterator[str]:
                 seconds = statistics.median(group[name])
                 yield f"{title:5} {state_of:5} {name:30} {seconds:8.3f} s" + ("" if "list" in name else f" {size / seconds:7.2f} GB/s")
     for name, ratio in rates(found).items():
-        yield f"{name:45} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    yield f"given up: {found[0]['failures']}"
+        yield f"{name:58} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"
+    for name, outcome in found[0]["outcomes"].items():
+        yield f"{name}: {outcome}"
 
 
 def versions() -> dict[str, str]:

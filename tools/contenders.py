@@ -22,8 +22,9 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 from moetrain.base.clock import SystemClock
-from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.checkpointer import Checkpointer, Pending
 from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.recover import restore_together
 from moetrain.dist.world import World
 from moetrain.model.state import ModelState
 from moetrain.store.io import Io
@@ -101,32 +102,42 @@ class Ours:
         self.name, self.folder, self._live = name, folder, live
         config = CheckpointConfig(mode=mode, keep=2)
         world = live.world
-        self._checkpointer = Checkpointer(folder, config, world.rank, world.size, world.agree, SystemClock(), gather=world.gather)
+        self._checkpointer = Checkpointer(
+            folder, config, world.rank, world.size, world.agree, SystemClock(), gather=world.gather, board=world.board()
+        )
         self._checkpointer.load(live.fragments, "auto")
-        self._pending = None
+        self._started = list[Pending]()
 
     def save(self, step: int) -> None:
-        self._pending = self._checkpointer.save(self._live.fragments, {"step": step})
+        self._started.append(self._checkpointer.save(self._live.fragments, {"step": step}))
 
     def before_update(self) -> None:
         self._checkpointer.wait_copied()
 
     def drain(self) -> None:
-        if self._pending is not None:
-            self._pending.done.wait()
+        for pending in self._started[-2:]:
+            pending.done.wait()
 
     @property
     def committed_seconds(self) -> float:
-        """From the filled arena to the commit (rank 0) or this rank's durable part."""
+        """Of the last save, from the copy in memory to the commit (rank 0) or to this rank's durable part."""
         return self._checkpointer.status().committed_seconds
 
-    @property
-    def failures(self) -> int:
-        return self._checkpointer.status().failures
+    def outcome(self) -> str:
+        """How many saves were committed, and why others were not."""
+        committed = sum(pending.committed for pending in self._started)
+        reasons = sorted({pending.reason for pending in self._started if not pending.committed})
+        return " ".join([f"{committed} of {len(self._started)} saves committed.", *reasons])
 
     def load(self) -> list[str]:
-        self._checkpointer.load(self._live.fragments, "must")
+        """From the store, whatever is in memory."""
+        world = self._live.world
+        restore_together(self.folder, "must", self._live.fragments, world.rank, world.size, world.gather)
         return list(self._live.whole)
+
+    def load_from_memory(self) -> None:
+        """As a rank does that was killed while its node lived on."""
+        self._checkpointer.load(self._live.fragments, "must")
 
     def point(self) -> Manifest:
         found = next(CheckpointFolder(self.folder, Io()).history())

@@ -19,7 +19,7 @@ CONTENDERS = (
     "DCP async, process",
 )
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
 
 def test_every_contender_is_measured_on_two_ranks(tmp_path: Path):
@@ -35,7 +35,7 @@ def test_every_contender_is_measured_on_two_ranks(tmp_path: Path):
         "--json",
         tmp_path / "out.json",
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=110, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=230, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out.json").read_text())
     for name in CONTENDERS:
@@ -45,5 +45,5 @@ def test_every_contender_is_measured_on_two_ranks(tmp_path: Path):
     assert rows["no checkpoints"]["stall_max"] < min(rows[name]["stall_p50"] for name in CONTENDERS[1:])
     assert 0 < rows["ours, experts"]["bytes_per_rank"] < rows["ours, full"]["bytes_per_rank"]
     assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratios"].values())
-    assert found["ranks"][0]["failures"] == {"ours, full": 0, "ours, experts": 0}
+    assert all("saves committed." in found["ranks"][0]["outcomes"][name] for name in ("ours, full", "ours, experts"))
     assert {"torch", "zarr", "safetensors"} <= found["versions"].keys()
