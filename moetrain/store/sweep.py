@@ -9,6 +9,7 @@ are never reused, and a save takes over only what a manifest names) and forgets 
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -21,13 +22,21 @@ DEAD = ".objects.json"
 
 
 class Points(Protocol):
-    """The recovery points of a folder, newest first."""
+    """The recovery points of a folder, newest first. `manifest` raises CheckpointError."""
 
     def saves(self) -> list[SaveId]: ...
 
-    def history(self) -> Iterator[Manifest | CheckpointError]: ...
+    def manifest(self, save: SaveId) -> Manifest: ...
 
     def check_claim(self, epoch: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a recovery point refers to. `objects`: names."""
+
+    parent: SaveId | None
+    objects: frozenset[str]
 
 
 class Sweep:
@@ -37,6 +46,7 @@ class Sweep:
         self._points, self._root, self._backend, self._current = points, root, backend, current
         self._journals, self._manifests = root / "gc", root / "manifests"
         self._pins = Pins(root / "pins", self._journals, backend)
+        self._needs: dict[SaveId, Needs] = {}  # a manifest never changes, and a large one takes a second to read
 
     def run(self, keep: int) -> None:
         self._finish_earlier()
@@ -72,10 +82,10 @@ class Sweep:
     def _drop_manifests(self, keep: int) -> None:
         good, drop = 0, []
         pinned = self._pins.kept()
-        for save, manifest in zip(self._points.saves(), self._points.history(), strict=True):
+        for save in self._points.saves():
             if good >= keep and save not in pinned:
                 drop.append(save)
-            good += isinstance(manifest, Manifest)
+            good += self._needs_of(save) is not None
         if not drop:
             return
         self._say(INTENT, {"manifests": [str(save) for save in drop]})
@@ -85,15 +95,26 @@ class Sweep:
 
     def _live(self) -> set[str] | None:
         """Every object that a recovery point names; None while that cannot be known."""
-        points = list(self._points.history())
-        if any(isinstance(point, CheckpointError) for point in points):
-            return None
-        manifests = [point for point in points if isinstance(point, Manifest)]
-        listed = {point.save for point in manifests}
-        for parent in {point.parent for point in manifests if point.parent} - listed:
-            if self._backend.exists(self._manifests / f"{parent}.json"):  # the list is late
+        live, parents, listed = set[str](), set[SaveId](), self._points.saves()
+        for save in listed:
+            needs = self._needs_of(save)
+            if needs is None:
                 return None
-        return {name for point in manifests for name in point.objects}
+            live |= needs.objects
+            parents |= {needs.parent} if needs.parent else set()
+        if any(self._backend.exists(self._manifests / f"{parent}.json") for parent in parents.difference(listed)):  # the list is late
+            return None
+        return live
+
+    def _needs_of(self, save: SaveId) -> Needs | None:
+        """None for a damaged one, or one that somebody removed since it was listed."""
+        if save not in self._needs:
+            try:
+                point = self._points.manifest(save)
+            except CheckpointError:
+                return None
+            self._needs[save] = Needs(point.parent, frozenset(point.objects))
+        return self._needs[save]
 
     def _dead(self, live: set[str]) -> Iterator[str]:
         """Paths below the root, as few as say it all: a whole save, a whole share or an object."""

@@ -173,3 +173,30 @@ def test_a_pin_that_was_refused_does_not_come_back_after_a_power_failure():
     states = CrashStates(fs)
     left = [paths(states.state(len(fs.events), Random(seed))) for seed in range(50)]
     assert not any("/pins/mine" in path for state in left for path in state)
+
+
+def test_a_sweep_reads_every_manifest_once(tmp_path):
+    reads = list[Path]()
+    folder = CheckpointFolder(tmp_path, Io(lambda operation, path: reads.append(path) if operation == "read" else None))
+    folder.claim(0.0)
+    for seq in (1, 2, 3, 4):
+        committed(folder, SaveId(1, seq))
+    reads.clear()
+    folder.sweep(2, SaveId(1, 4))
+    assert [path for path in reads if path.parent.name == "manifests"] == [
+        tmp_path / "manifests" / f"000001-0000000{seq}.json" for seq in (4, 3, 2, 1)
+    ]
+
+
+def test_a_manifest_that_somebody_removes_during_a_sweep_costs_no_object(tmp_path):
+    def remove(operation: str, path: Path) -> None:
+        if operation == "read" and path.name == "000001-00000003.json":
+            path.unlink(missing_ok=True)
+
+    quiet = CheckpointFolder(tmp_path, Io())
+    quiet.claim(0.0)
+    names = [committed(quiet, SaveId(1, seq)) for seq in (1, 2, 3, 4)]
+    folder = CheckpointFolder(tmp_path, Io(remove))
+    folder.sweep(2, SaveId(1, 4))
+    assert folder.saves() == [SaveId(1, 4), SaveId(1, 2)]
+    assert objects(folder) == {names[3], names[1]}
