@@ -1,6 +1,7 @@
 """`moetrain checkpoint VERB` in an interpreter that refuses torch, except where it converts."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -214,6 +215,22 @@ def test_convert_passes_over_a_damaged_recovery_point(run_folder, tmp_path, caps
     assert "seq 3 is not published" in capsys.readouterr().out
     assert (tmp_path / "tree" / "step-20" / ".metadata").exists()
     assert not (tmp_path / "tree" / "step-30" / ".metadata").exists()
+
+
+def test_convert_passes_over_what_a_running_job_sweeps_meanwhile(run_folder, tmp_path, capsys, monkeypatch):
+    from moetrain.checkpoint.dcp import Tree
+
+    add, folder = Tree.add, run_folder / "checkpoint"
+
+    def swept(tree: Tree, source: CheckpointFolder, point: Manifest) -> Path:
+        if point.seq == 1:
+            (folder / "manifests" / f"{point.save}.json").unlink()
+            shutil.rmtree(folder / "objects" / next(name for name, record in point.objects.items() if "dense" in name))
+        return add(tree, source, point)
+
+    monkeypatch.setattr(Tree, "add", swept)
+    assert moetrain("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == 0
+    assert [line.split(":")[1].split(",")[0] for line in capsys.readouterr().out.splitlines()] == [" seq 2", " seq 3"]
 
 
 def test_mistakes_of_convert_are_sentences(run_folder, tmp_path, capsys):
