@@ -12,13 +12,22 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.checkpointer import Checkpointer
+from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.dcp import KEYS, METADATA, Tree, freshest, path_of, write_whole
 from moetrain.checkpoint.dcp_import import DcpFolder, read_into
-from moetrain.model.state import ModelState
+from moetrain.checkpoint.recover import agreed_choice, alone, restore
+from moetrain.dist.mesh import Mesh
+from moetrain.dist.world import World
+from moetrain.model.state import ModelState, assemble
+from moetrain.optim.config import OptimConfig
+from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.native import TorchEngine
 from moetrain.store.io import Io
 from moetrain.store.manifest import WEIGHT16, Manifest
 from moetrain.store.objects import CheckpointFolder
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, assert_equal, expected
+from tools.bench_step import Case, model_config, random_batch, tiny
 
 Nested = dict[str, dict]
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -292,6 +301,32 @@ def test_a_run_resumes_from_what_was_read_back(folder: CheckpointFolder, tmp_pat
     assert_equal(found, expected(30, versions(newest)))
     resumed.save(40)
     assert not points(CheckpointFolder(tmp_path / "fresh" / "checkpoint", Io()))[-1].full
+
+
+def test_training_goes_on_bit_by_bit_after_the_way_there_and_back(tmp_path: Path):
+    model, world = tiny(model_config("gpt_125m_8e")), World.single(torch.device("cpu"))
+    batches = [random_batch(model, Case(2, 16, 1), 0)]
+
+    def engine() -> TorchEngine:
+        made = TorchEngine(model, ParallelConfig(), EngineConfig(), OptimConfig(), world, Mesh(world, 1))
+        made.initialize(0)
+        return made
+
+    trained, resumed = engine(), engine()
+    for _ in range(3):
+        trained.step(batches, 1e-2, lambda: None)
+    checkpointer = Checkpointer(tmp_path / "run" / "checkpoint", CheckpointConfig(), 0, 1, alone, SystemClock())
+    checkpointer.save(trained.state(), {"step": 3})
+    checkpointer.finish()
+    folder = CheckpointFolder(tmp_path / "run" / "checkpoint", Io())
+    write_whole(folder, points(folder)[0], tmp_path / "dcp")
+    read_back(tmp_path / "dcp", tmp_path / "fresh")
+    choice = agreed_choice(tmp_path / "fresh" / "checkpoint", "must")
+    assert choice is not None
+    restore(choice, resumed.state(), 1)
+    results = [one.step(batches, 1e-2, lambda: None).loss for one in (trained, resumed)]
+    assert results[0] == results[1]
+    assert_equal(assemble(resumed.state()), assemble(trained.state()))
 
 
 def test_it_becomes_the_newest_recovery_point_of_a_folder_that_has_some(folder: CheckpointFolder, tmp_path: Path):
