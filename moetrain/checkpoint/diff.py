@@ -73,7 +73,8 @@ class Difference:
             return lines
         marks = {group: self._mark(group) for group in self.b.groups()}
         lines += ["", "experts written anew (w weights, m moments and Adam step, . neither)", *expert_table(marks)]
-        ages = {group: f"{self.a.ages().get(group, '-')}>{age}" for group, age in self.b.ages().items()}
+        before = self.a.ages()
+        ages = {group: f"{before.get(group, '-')}>{age}" for group, age in self.b.ages().items()}
         return [*lines, "", f"age of every expert in steps, seq {self.a.seq} > seq {self.b.seq}", *expert_table(ages)]
 
     def _mark(self, group: Group) -> str:

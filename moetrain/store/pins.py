@@ -29,6 +29,8 @@ class Pins:
     def add(self, name: str, save: SaveId, manifest: Path) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}", name):
             raise CheckpointError(f"{name!r} is no name for a pin.", "Use letters, digits, dots, hyphens and underscores.")
+        if name.isdigit():
+            raise CheckpointError(f"{name!r} is no name for a pin: it would be taken for the number of a recovery point.", "Add a letter.")
         if (known := self.all().get(name)) is not None:
             if known == save:
                 return

@@ -48,7 +48,7 @@ def test_a_pin_does_not_count_as_one_of_those_to_keep(folder):
     assert [save.seq for save in folder.saves()] == [4, 3, 1]
 
 
-@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a@b", "x" * 101])
+@pytest.mark.parametrize("name", ["", "a/b", "..", ".hidden", "a@b", "x" * 101, "1"])
 def test_names_that_are_no_file_names_are_refused(folder, name):
     committed(folder, SaveId(1, 1))
     with pytest.raises(CheckpointError, match="no name for a pin"):
