@@ -19,8 +19,9 @@ from moetrain.checkpoint.accord import Accord, Decision
 from moetrain.checkpoint.arena import NoRoom
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import Ready, copy_fragments, parts_of, shown
-from moetrain.checkpoint.course import Attempt, Course, Line, banks_of, copied_experts
+from moetrain.checkpoint.course import Attempt, Course, Hurried, Line, banks_of, copied_experts
 from moetrain.checkpoint.fit import Share, fitting_experts
+from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.ledger import Ledger
@@ -40,6 +41,7 @@ from moetrain.store.objects import CheckpointFolder
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
 PATIENCE_SECONDS = 5.0  # a save that hears nothing of rank 0 holds up training no longer than this
 READY_SECONDS = 0.5  # what a save that goes to the store grants the copy before it to be known everywhere
+GRACE_SHARE = 0.7  # of the grace is spent on writing; the rest is for the step under way, and for a disk that is slower now
 REPLICA_SECONDS = 120.0  # a partner that takes longer for one generation is given up for it
 
 
@@ -77,6 +79,7 @@ class Order:
 
     full: bool
     persists: bool
+    hurried: bool
     expected_faults: float
 
 
@@ -88,6 +91,8 @@ class Pending:
         self.step = step
         self.ledger = ledger  # counted up to this step
         self.order = order
+        self.is_in_memory_only = False
+        self.is_cut_short = False  # what it left out is in memory only
         self.is_queued = False  # rank 0: it has one of the places in the persist lane
         self.committed = False
         self.reason = ""  # why it was given up
@@ -153,18 +158,20 @@ class Checkpointer:
             self._ledger = self._ledger.count(load)
 
     def save(
-        self, state: ModelState, progress: dict, *, full: bool = False, persists: bool = True, expected_faults: float = 1.0
-    ) -> Pending:
+        self, state: ModelState, progress: dict, *, full: bool = False, persists: bool = True, hurried: bool = False,
+        expected_faults: float = 1.0,
+    ) -> Pending:  # fmt: skip
         """Starts a save and returns at once. `state` may change only after `wait_copied`; `progress` is JSON-able and has `step`.
 
-        `persists`: False for a copy in memory only. `expected_faults`: until the end of the run, the same on every rank; what is left of
-        the PLT budget is divided by it.
+        `persists`: False for a copy in memory only. `hurried`: a `full` save that has `grace_seconds` only, by what saves took so far; what
+        does not fit is left out, the least valuable experts first. `expected_faults`: until the end of the run, the same on every rank;
+        what is left of the PLT budget is divided by it.
 
         A save that cannot be committed (a full disk, a dead agent, a late rank) is given up with a warning; the next one
         takes the same experts. One that finds two others on their way to the store stays in memory, except a `full` one.
         Raises CheckpointError when another job has taken over the folder.
         """
-        previous, order = self._pending, Order(full, persists, expected_faults)
+        previous, order = self._pending, Order(full, persists, hurried, expected_faults)
         if previous is not None and previous.error is not None:
             raise previous.error
         pending = Pending(self._next, int(progress["step"]), self._ledger, order)
@@ -195,12 +202,12 @@ class Checkpointer:
             if pending is not None and not pending.done.wait(limit_seconds):
                 raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
         pending = self._newest
-        self._memory.leave(done=pending is None or pending.committed)
+        self._memory.leave(done=pending is None or (pending.committed and not pending.is_cut_short))
         if pending is None:
             return
         if pending.error is not None:
             raise pending.error
-        if not pending.committed:
+        if not pending.committed and not pending.is_in_memory_only:
             kept = f"The last good one is of step {self._status.committed_step}." if self._status.committed_step is not None else ""
             raise CheckpointError(f"The checkpoint of step {pending.step} was not committed: {pending.reason}", kept)
 
@@ -315,9 +322,11 @@ class Checkpointer:
                 return None
             job = self._copy(pending, decision, state, progress, ready)
             self._announce(pending)
+            pending.is_cut_short = pending.order.hurried and decision.selection is not None
             if decision.persists:
                 return job
             pending.reason = "it is in memory only: the store was still busy." if pending.order.persists else "it is in memory only."
+            pending.is_in_memory_only = True
         except NoRoom as error:
             if self._status.copied_step is None:
                 raise  # nothing was ever copied: say so now, not after the first fault
@@ -372,7 +381,8 @@ class Checkpointer:
             self._meet(state)
         pending.is_queued = order.persists and self._places.acquire(blocking=False)
         persists = pending.is_queued or (order.persists and order.full)
-        attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._homes) if persists else None
+        hurried = self._hurried() if order.hurried else None
+        attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._homes, hurried) if persists else None
         in_memory = self._copies(save, attempt)
         ledger = pending.ledger.since(self._keep.ledger) if self._keep else self._course.seen(pending.ledger)
         ledger = ledger.after(in_memory, self._config.mode)
@@ -386,6 +396,14 @@ class Checkpointer:
             in_memory=in_memory,
             ledger=ledger.to_json() if ledger.total else {},
         )
+
+    def _hurried(self) -> Hurried | None:
+        """Chooses what can be written within the grace; None when there is time enough, or nothing was measured yet."""
+        status, grace = self._status, self._config.grace_seconds
+        if not grace or not status.committed_seconds or self._holdings is None:
+            return None
+        num_bytes = GRACE_SHARE * grace * status.committed_bytes / status.committed_seconds
+        return partial(most_valuable, self._holdings, self._config.mode, num_bytes=num_bytes)
 
     def _copies(self, save: SaveId, attempt: Attempt | None) -> Selection | None:
         """The experts that are copied; None: all of them."""

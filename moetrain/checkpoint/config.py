@@ -43,6 +43,7 @@ class CheckpointConfig:
     allow_changes: bool = False  # resume although keys of the run's identity changed
     init_from: str = ""  # bundle whose weights start the run (fresh optimizer); "" = random initial values
     timeout_seconds: float = 60.0  # a save whose receipts take longer is abandoned, training goes on
+    grace_seconds: float = 0.0  # from a stop signal to a kill: the last save writes what fits; 0 = long enough for all of it
     snapshot_every: int = 0  # steps between copies in the memory of the node; 0 = with each checkpoint only
     snapshot_experts: int = 0  # experts per layer in one copy in memory; 0 = all if they fit
     agent: AgentConfig = field(default_factory=AgentConfig)
@@ -57,6 +58,7 @@ class CheckpointConfig:
             ("every_steps", self.every_steps, 0),
             ("snapshot_every", self.snapshot_every, 0),
             ("snapshot_experts", self.snapshot_experts, 0),
+            ("grace_seconds", self.grace_seconds, 0),
             ("experts_per_save", self.experts_per_save, 1),
             ("full_every", self.full_every, 0),
             ("keep", self.keep, 1),

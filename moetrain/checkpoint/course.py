@@ -1,6 +1,6 @@
 """Where the line of recovery points stands, and what the next save writes. Rank 0 decides by it, for all ranks. No torch."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from threading import Lock
 
@@ -13,6 +13,8 @@ from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.turns import Homes, Turns
 from moetrain.store.manifest import Group, SaveId, natural
 from moetrain.store.objects import CheckpointFolder
+
+Hurried = Callable[[Ledger], Selection | None]
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,22 @@ class Course:
         """The banks of the state that is saved, so that a full save that is still on its way can be built on."""
         self.known_banks = banks
 
-    def next(self, save: SaveId, counted: Ledger, full: bool, expected_faults: float, homes: Homes | None) -> Attempt:
-        """What this save writes. A save before it that is still on its way is taken for one that will be committed."""
+    def next(
+        self, save: SaveId, counted: Ledger, full: bool, expected_faults: float, homes: Homes | None, hurried: Hurried | None = None
+    ) -> Attempt:
+        """What this save writes. A save before it that is still on its way is taken for one that will be committed.
+
+        `hurried`: chooses in place of all experts, where there is something to build on.
+        """
         with self._lock:
             line = self._hoped()
             ledger = self._seen_from(line, counted)
-            selection = None if self._is_full(line, full) else self._turns.selection(line.index, ledger, expected_faults, homes)
+            if full and hurried is not None and line.banks is not None:
+                selection = hurried(ledger)
+            elif self._is_full(line, full):
+                selection = None
+            else:
+                selection = self._turns.selection(line.index, ledger, expected_faults, homes)
             self._attempts[save] = attempt = Attempt(line, selection, counted)
             return attempt
 

@@ -104,7 +104,7 @@ def writes(holdings: list[Holding], mode: str, selection: Selection | None) -> W
     experts: dict[tuple[Group, Holders], int] = defaultdict(int)
     shared: dict[Holders, int] = defaultdict(int)
     for holding in holdings:
-        if not is_written(_tensor(holding), mode, selection):
+        if not is_written(tensor_of(holding), mode, selection):
             continue
         if holding.group is None:
             shared[holding.holders] += holding.num_bytes
@@ -125,7 +125,8 @@ def writes(holdings: list[Holding], mode: str, selection: Selection | None) -> W
     return Writes(writers, quotas, loads, _bound(experts, shared, len(loads)))
 
 
-def _tensor(holding: Holding) -> Tensor:
+def tensor_of(holding: Holding) -> Tensor:
+    """Any tensor of a holding, for asking what is written."""
     bank, expert = holding.group or (None, None)
     return Tensor("", holding.component, bank, expert, "", (), ())
 

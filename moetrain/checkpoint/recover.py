@@ -47,8 +47,8 @@ class LoadReport:
     remapped: list[str]
     damaged: list[str]
     is_converted: bool = False  # to another number type
-    read: dict[str, int] = field(default_factory=dict)  # bytes by source, of all ranks
     weight_ages: dict[Group, int] = field(default_factory=dict)  # as `ages`, of the weights alone
+    read: dict[str, int] = field(default_factory=dict)  # bytes by source, of all ranks
 
     def lines(self) -> list[str]:
         """Sentences for the log, with the age of every expert group as a table of layers by experts."""

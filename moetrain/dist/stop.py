@@ -11,6 +11,7 @@ import torch
 from moetrain.dist.world import World
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+SIGNAL_NAMES = tuple(number.name for number in SIGNALS)
 
 Handler = Callable[[int, FrameType | None], object] | int | signal.Handlers | None
 
@@ -49,7 +50,7 @@ class Stop:
         wanted = self._world.sum_(wishes, name="agreeing to stop").tolist()
         if wanted[-1] and self._world.is_main:
             self._file.unlink(missing_ok=True)
-        reasons = [*(number.name for number in SIGNALS), f"the file {self._file.name}"]
+        reasons = [*SIGNAL_NAMES, f"the file {self._file.name}"]
         return next((reason for reason, count in zip(reasons, wanted, strict=True) if count), None)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:

@@ -1,6 +1,7 @@
 """The loop. Saving, logging, evaluating and sampling are hooks; this file only steps and stops."""
 
 from moetrain.data.batch import Batch
+from moetrain.dist.stop import SIGNAL_NAMES
 from moetrain.optim.schedule import lr_at
 from moetrain.parallel.engine import NonFiniteError, StepResult
 from moetrain.train.run import Run
@@ -24,7 +25,7 @@ def train(run: Run) -> str:
         run.records.on_step(run, result)
         reason = _reason_to_stop(run)
         if reason:
-            run.checkpoint.save(run.engine.state(), run.progress.as_dict(), full=True)
+            run.checkpoint.save(run.engine.state(), run.progress.as_dict(), full=True, hurried=reason in SIGNAL_NAMES)
             run.checkpoint.finish()
         if reason in ("", DONE):
             for hook in run.hooks:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from moetrain import cli
 from moetrain.parallel.native import TorchEngine
 from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
 from tests.e2e.jobs import Job, committed_steps, records, small_run, train_here
@@ -46,6 +47,7 @@ def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, 
     for _ in range(len(FAULTS)):
         with pytest.raises(PowerCut):
             train_here(overrides, monkeypatch)
+        assert cli.main(["checkpoint", "agent", "stop", str(run)]) == 0  # the node is lost, and with it the copies in its memory
     assert train_here(overrides, monkeypatch) == 0
 
 

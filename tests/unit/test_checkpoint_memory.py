@@ -1,6 +1,7 @@
 """Copies in the memory of nodes: what they bring back, what they leave to the disk, and how they are given up. Agents in this process."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.agent import GENERATIONS
 from moetrain.checkpoint.arena import State, arena_folder, own_folder
 from moetrain.checkpoint.fit import Share, fitting_experts
+from moetrain.checkpoint.hurry import most_valuable
+from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.plan import Holding
+from moetrain.checkpoint.recover import agreed_choice
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected
 
 
@@ -249,3 +254,43 @@ def test_status_counts_slots_by_state(tmp_path):
     assert json.dumps(found)
     assert found["slots"].keys() == {"READY"}
     assert [row["step"] for row in found["generations"]] == [1]
+
+
+def test_a_hurried_last_save_writes_the_most_valuable_experts_that_fit(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1), grace_seconds=1e-9, keep=9)
+    job.load()
+    for step in (1, 2):
+        job.save(step)
+    (pending,) = [rank.save(state, {"step": 3}, full=True, hurried=True) for rank, state in zip(job.ranks, job.states(3), strict=True)]
+    assert pending.done.wait(60)
+    assert pending.committed
+    job.ranks[0].finish()
+    choice = agreed_choice(tmp_path, "must")
+    assert choice is not None
+    assert choice.manifest.step == 3
+    assert min(choice.manifest.ages().values()) > 0, "there was time for what belongs to no expert only"
+    report, whole = restart(job).load()
+    assert report is not None
+    assert set(report.ages.values()) == {0}, "memory has what the store lacks, should this node come back"
+    assert_equal(whole, expected(3))
+
+
+def test_a_grace_that_is_long_enough_is_a_full_save(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1), grace_seconds=1e6)
+    job.load()
+    job.save(1)
+    (pending,) = [rank.save(state, {"step": 2}, full=True, hurried=True) for rank, state in zip(job.ranks, job.states(2), strict=True)]
+    assert pending.done.wait(60)
+    choice = agreed_choice(tmp_path, "must")
+    assert choice is not None
+    assert choice.manifest.full
+
+
+def test_value_is_unsaved_tokens_times_age():
+    holdings = [Holding(None, "master", (0,), 100), *(Holding(("bank", expert), "master", (0,), 10) for expert in range(4))]
+    ledger = Ledger.of_banks({"bank": 4}).count([[5, 9, 0, 6]])
+    ledger = replace(ledger, age={"bank": [3, 0, 7, 0]})  # unsaved x (age + 1): 20, 9, 0, 6
+    assert most_valuable(holdings, "experts", ledger, 100 + 25) == {"bank": [0, 1]}
+    assert most_valuable(holdings, "experts", ledger, 100 + 35) == {"bank": [0, 1, 3]}
+    assert most_valuable(holdings, "experts", ledger, 50) == {"bank": []}
+    assert most_valuable(holdings, "experts", ledger, 140) is None

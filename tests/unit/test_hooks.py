@@ -65,9 +65,13 @@ class FakeCheckpoint:
     """Commits a save when `commit` is called."""
 
     def __init__(self, status: Status) -> None:
+        self.copies = list[int]()  # in memory only
         self.now, self.saves, self.expected_faults = status, list[tuple[object, dict[str, int]]](), list[float]()
 
-    def save(self, state: object, progress: dict[str, int], expected_faults: float) -> None:
+    def save(self, state: object, progress: dict[str, int], expected_faults: float = 1.0, persists: bool = True) -> None:
+        if not persists:
+            self.copies.append(progress["step"])
+            return
         self.saves.append((state, progress))
         self.expected_faults.append(expected_faults)
         self.now = Status(self.now.committed_seq, self.now.committed_step, pending_seq=len(self.saves))
@@ -241,6 +245,12 @@ def test_saves_come_at_their_steps_and_the_last_is_left_to_the_loop(tmp_path: Pa
 
 def test_zero_saves_only_at_the_end(tmp_path: Path) -> None:
     assert Bench(tmp_path).drive(SaveHook(CheckpointConfig(every_steps=0)), 9).checkpoint.saves == []
+
+
+def test_copies_in_memory_are_made_between_checkpoints(tmp_path):
+    bench = Bench(tmp_path, total_steps=9).drive(SaveHook(CheckpointConfig(every_steps=4, snapshot_every=2)), 9)
+    assert [progress["step"] for _, progress in bench.checkpoint.saves] == [4, 8]
+    assert bench.checkpoint.copies == [2, 6]
 
 
 def test_a_commit_is_recorded_when_it_happened_and_once(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ class Scene:
             stop=SimpleNamespace(agreed=lambda: "SIGTERM" if self.progress.step == self.stop_at else None),
             engine=SimpleNamespace(step=self.step, state=lambda: "state"),
             checkpoint=SimpleNamespace(
-                save=lambda state, progress, full: self.calls.append(f"save {progress['step']}"),
+                save=lambda state, progress, full, hurried: self.calls.append(f"save {progress['step']}{' in a hurry' * hurried}"),
                 count=lambda load: self.calls.append(f"count {load[0][0]}"),
                 finish=lambda: self.calls.append("finish"),
                 wait_copied=lambda: None,
@@ -57,7 +57,8 @@ def test_a_signal_saves_before_what_takes_long_and_passes_it_over() -> None:
     scene = Scene(stop_at=2)
     assert train(scene.run) == "SIGTERM"
     assert scene.calls == [
-        "count 1", "record 1", "evaluate 1", "count 2", "record 2", "save 2", "finish", "record ends: SIGTERM", "evaluate ends: SIGTERM",
+        "count 1", "record 1", "evaluate 1", "count 2", "record 2", "save 2 in a hurry", "finish",
+        "record ends: SIGTERM", "evaluate ends: SIGTERM",
     ]  # fmt: skip
 
 
