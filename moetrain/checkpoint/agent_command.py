@@ -10,6 +10,7 @@ from moetrain.checkpoint.arena import arena_folder
 from moetrain.checkpoint.process import CALL_SECONDS, SocketLink
 from moetrain.checkpoint.serve import clear
 from moetrain.checkpoint.table import columns, size
+from moetrain.store.backend import absolute
 from moetrain.store.objects import resolve
 
 STOP_SECONDS = 120.0
@@ -31,7 +32,7 @@ def add_agent(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
 
 
 def status(arguments: argparse.Namespace) -> int:
-    folder = arena_folder(resolve(arguments.folder).absolute(), arguments.memory)
+    folder = arena_folder(absolute(resolve(arguments.folder)), arguments.memory)
     try:
         link = SocketLink(folder)
     except OSError:
@@ -52,7 +53,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def stop(arguments: argparse.Namespace) -> int:
-    folder = arena_folder(resolve(arguments.folder).absolute(), arguments.memory)
+    folder = arena_folder(absolute(resolve(arguments.folder)), arguments.memory)
     try:
         SocketLink(folder).call({"op": "stop"}, CALL_SECONDS)
     except OSError:

@@ -33,6 +33,7 @@ from moetrain.checkpoint.source import Memory
 from moetrain.checkpoint.turns import Figures, Homes, Horizon, Turns, homes_of
 from moetrain.dist.board import Board, DictBoard
 from moetrain.model.state import ModelState
+from moetrain.store.backend import absolute
 from moetrain.store.encode import stored_dtype
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId
@@ -131,7 +132,7 @@ class Checkpointer:
         assert board is not None or world == 1, "ranks agree over a board"
         self._config, self._rank, self._world, self._clock = config, rank, world, clock
         self._gather = gather or (lambda value: [agree(value)])
-        self._folder = CheckpointFolder(folder.absolute(), Io())
+        self._folder = CheckpointFolder(absolute(folder), Io())
         first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)}") or ""
         save = SaveId.parse(first)
         assert save is not None

@@ -54,7 +54,8 @@ class SaveJob:
 
 
 def _plan_of_json(found: dict) -> ObjectPlan:
-    return ObjectPlan(**found | {"tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]]})
+    tensors = [Tensor.of_json(tensor) for tensor in found["tensors"]]
+    return ObjectPlan(found["label"], found["dtype"], found["offset"], found["size"], tensors, found["parts"])
 
 
 @dataclass(frozen=True)

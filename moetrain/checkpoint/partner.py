@@ -3,7 +3,7 @@
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 from threading import Event, Thread
 
@@ -14,8 +14,22 @@ from moetrain.store.manifest import SaveId
 
 LIMIT_SECONDS = 30.0  # for one object
 
-Push = tuple[Generation, Sequence[Slot]]
-Keep = tuple[int, SaveId | None, SaveId]
+
+@dataclass(frozen=True)
+class Push:
+    """A generation, and the slots of its objects in order."""
+
+    generation: Generation
+    slots: Sequence[Slot]
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What may be given away of one rank, as `Agent` is told with a reservation."""
+
+    rank: int
+    complete: SaveId | None
+    coming: SaveId
 
 
 class Partner:
@@ -31,10 +45,10 @@ class Partner:
 
     def push(self, generation: Generation, slots: Sequence[Slot]) -> None:
         """The slots must not change until `state` says that it is done; when they do, the copy is refused at the other end."""
-        self._tasks.put((generation, slots))
+        self._tasks.put(Push(generation, slots))
 
     def keep(self, rank: int, complete: SaveId | None, coming: SaveId) -> None:
-        self._tasks.put((rank, complete, coming))
+        self._tasks.put(Keep(rank, complete, coming))
 
     def state(self, key: Key) -> tuple[bool, str]:
         """(whether it was tried, why it did not arrive)."""
@@ -52,21 +66,21 @@ class Partner:
             except OSError as error:
                 trouble = error.strerror or str(error)
                 self._hang_up()
-            if isinstance(task[0], Generation):
-                self._done[task[0].key] = trouble
+            if isinstance(task, Push):
+                self._done[task.generation.key] = trouble
         self._hang_up()
 
     def _carry_out(self, task: Push | Keep) -> None:
-        if isinstance(task[0], Generation):
-            self._send(task[0], task[1])
+        if isinstance(task, Push):
+            self._send(task)
             return
-        rank, complete, coming = task
+        complete = task.complete
         self._done = {key: trouble for key, trouble in self._done.items() if complete is None or key[0] >= complete}
-        self._ask({"op": "keep", "rank": rank, "keep": complete, "save": coming})
+        self._ask({"op": "keep", "rank": task.rank, "keep": complete, "save": task.coming})
 
-    def _send(self, generation: Generation, slots: Sequence[Slot]) -> None:
-        held = dict(generation.held)
-        for name, slot in zip(generation.held, slots, strict=True):
+    def _send(self, task: Push) -> None:
+        generation, held = task.generation, dict(task.generation.held)
+        for name, slot in zip(generation.held, task.slots, strict=True):
             answer = self._ask({"op": "put", "num_bytes": held[name].num_bytes}, memoryview(slot.memory)[: held[name].num_bytes])
             held[name] = replace(held[name], slot=answer["slot"])
         self._ask({"op": "copied", "generation": replace(generation, held=held).to_json()})

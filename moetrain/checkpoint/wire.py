@@ -27,7 +27,7 @@ class WireError(OSError):
         super().__init__(None, sentence)
 
     def __str__(self) -> str:
-        return self.strerror
+        return str(self.strerror)
 
 
 class Refused(WireError):

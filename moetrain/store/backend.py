@@ -92,6 +92,11 @@ def is_s3(path: Path) -> bool:
     return path.parts[:1] == (S3_SCHEME,)
 
 
+def absolute(path: Path) -> Path:
+    """A path that means the same from any working folder."""
+    return path if is_s3(path) else path.absolute()
+
+
 class FolderBackend:
     """A file system with atomic rename, hard links and fsync. Nothing is ever written in place."""
 
