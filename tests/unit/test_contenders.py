@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from zarr.errors import ContainsArrayError
 
 from moetrain.dist.world import World
-from tools.bench_checkpoint import BASE, check_round_trip, paired, summary
-from tools.contenders import Live, PerRank, Safetensors, Tensors
+from tools.bench_checkpoint import BASE, Trainer, check_round_trip, paired, remove_copies, summary, train_block, write_raw, write_zarr
+from tools.contenders import Live, Nothing, PerRank, Safetensors, Tensors
 
 
 @pytest.fixture
@@ -48,6 +50,41 @@ def test_older_checkpoints_go_and_newer_ones_stay(live: Live, tmp_path: Path):
     (tmp_path / "step-11").mkdir()
     saver.tidy()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11"]
+
+
+def test_no_timed_write_removes_what_an_earlier_one_wrote(tmp_path: Path):
+    payload = np.arange(64, dtype=np.uint8)
+    for write in (write_raw, write_zarr):
+        remove_copies(tmp_path, 0)
+        write(tmp_path / "copy-0" / "x", payload)
+        with pytest.raises((FileExistsError, ContainsArrayError)):
+            write(tmp_path / "copy-0" / "x", payload)
+    remove_copies(tmp_path, 0)
+    assert not list((tmp_path / "copy-0").iterdir())
+
+
+class Listed(Nothing):
+    """Tells what is called when."""
+
+    def __init__(self, calls: list[str], folder: Path) -> None:
+        super().__init__("x", folder)
+        self._calls = calls
+
+    def save(self, step: int) -> None:
+        self._calls.append("save")
+
+    def tidy(self) -> None:
+        self._calls.append("tidy")
+
+
+def test_no_rank_saves_before_all_have_tidied_up(live: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls = list[str]()
+    trainer = Trainer.__new__(Trainer)
+    trainer.live = live
+    monkeypatch.setattr(Trainer, "step", lambda self, before_update: before_update())
+    monkeypatch.setattr(World, "barrier", lambda self, name: calls.append("barrier"))
+    train_block(trainer, Listed(calls, tmp_path), 1, 0)
+    assert calls == ["save", "tidy", "barrier"] * 2 + ["barrier"]
 
 
 def test_shares_are_of_the_iteration_without_checkpoints_of_the_same_round():
