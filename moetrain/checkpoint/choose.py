@@ -48,6 +48,7 @@ def read_values(reader: ArrayReader, piece: Piece) -> np.ndarray:
 
 def check_object(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
     """Reads every byte of an object, also those that only other readers look at, and compares it with the manifest."""
+    folder.expect(record.name)
     try:
         reader = open_object(folder, record)
         reader.verify([(piece.start, prod(piece.shape), piece.crc) for piece in pieces if piece.value is None])

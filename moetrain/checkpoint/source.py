@@ -101,6 +101,7 @@ class ObjectReader:
                     raise
                 self._memory = None
         if self._disk is None:
+            self._folder.expect(self._record.name)
             self._disk = open_object(self._folder, self._record)
         values = read_values(self._disk, piece)
         self._bytes_read[DISK] += values.nbytes

@@ -222,7 +222,7 @@ class ArrayReader:
         """Reads every byte once and keeps none: chunks by their own checksums, pieces (first value, number of values, CRC32C) by theirs."""
         count, item = num_chunks(self.size, self._chunk), self.dtype.itemsize
         edges = sorted({edge for start, size, _ in pieces for edge in (start, start + size)} | {i * self._chunk for i in range(count + 1)})
-        buffer, parts = memoryview(bytearray(self._source.block_bytes + 4)), dict[int, tuple[int, int]]()
+        buffer, parts = bytes_of(np.empty(self._source.block_bytes + 4, np.uint8)), dict[int, tuple[int, int]]()
         for start, stop in ((number * self._chunk, (number + 1) * self._chunk) for number in range(count)):
             inside = edges[bisect_right(edges, start) : bisect_right(edges, stop)]
             stored = self._verify_chunk(start, inside, buffer, parts)

@@ -102,13 +102,16 @@ def restored_step(folder: Path, io: Io | None = None) -> int:
 def check_values(folder: Path, manifest: Manifest, io: Io) -> None:
     """Every value is what a save of its object's step wrote."""
     for name, record in manifest.objects.items():
-        reader = ArrayReader(folder / "objects" / name, io)
-        values = reader.read(0, reader.size)
-        for tensor in manifest.tensors.values():
-            (piece,) = tensor.pieces
-            if piece.object == name:
-                assert np.array_equal(values[piece.start :][:SIZE], value_of(tensor, record.step)), tensor.key
-                assert tensor.expert is not None or record.step == manifest.step
+        tensors = [tensor for tensor in manifest.tensors.values() if tensor.pieces[0].object == name]
+        check_object_values(folder / "objects" / name, tensors, record.step, io)
+        assert all(tensor.expert is not None or record.step == manifest.step for tensor in tensors)
+
+
+def check_object_values(path: Path, tensors: Sequence[Tensor], step: int, io: Io) -> None:
+    reader = ArrayReader(path, io)
+    values = reader.read(0, reader.size)
+    for tensor in tensors:
+        assert np.array_equal(values[tensor.pieces[0].start :][:SIZE], value_of(tensor, step)), tensor.key
 
 
 def leaks(folder: Path) -> list[str]:

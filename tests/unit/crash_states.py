@@ -2,16 +2,19 @@
 
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from random import Random
+from unittest.mock import patch
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import check, check_object
+from moetrain.checkpoint.choose import check, check_object, choose
 from moetrain.checkpoint.writer import commit, persist
-from moetrain.store.manifest import Manifest
+from moetrain.store.encode import DATA, METADATA
+from moetrain.store.manifest import Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
-from tests.unit.checkpoint_crash import check_values, prepare, restored_step, views
+from tests.unit.checkpoint_crash import check_object_values, prepare, restored_step, views
 from tests.unit.crash_fs import CrashStates, MemoryFs, Tree, paths, without_threads
 
 ROOT = Path("/run/checkpoint")
@@ -57,6 +60,7 @@ def simulate(num_states: int, seed: int, tally: Tally, states_per_trace: int = 4
     """Draws crash states until `num_states` different ones were tried. Every trace begins in a crash state of the one before it."""
     random, version, tree = Random(seed), 0, Tree()
     seen: set[int] = set()
+    known = Known()
     while tally.distinct < num_states:
         version += 1
         fs = MemoryFs(tree)
@@ -78,7 +82,8 @@ def simulate(num_states: int, seed: int, tally: Tally, states_per_trace: int = 4
             seen.add(key)
             tally.distinct += 1
             marks = {event.mark for event in states.events[:moment] if event.mark}
-            _examine(tree, committed, version, marks, tally, f"seed {seed}, version {version}, event {moment}")
+            with known:
+                _examine(tree, committed, version, marks, tally, f"seed {seed}, version {version}, event {moment}", known)
         if version % 40 == 0:
             tree, version = Tree(), 0  # a fresh folder: names must not only grow
     return tally
@@ -89,19 +94,61 @@ def _newest(tree: Tree) -> int:
     return max((point.step for point in points if isinstance(point, Manifest)), default=0)
 
 
-def _examine(tree: Tree, last: int, new: int, marks: set[str], tally: Tally, where: str) -> None:
+class Known:
+    """Answers that depend on the bytes of files alone, remembered by these bytes: most files are the same in most states."""
+
+    def __init__(self) -> None:
+        self._objects: dict[tuple[object, ...], str] = {}
+        self._values: set[tuple[object, ...]] = set()
+        self._manifests = lru_cache(1000)(Manifest.from_bytes)
+        self._patch = patch("moetrain.store.objects.Manifest.from_bytes", self._manifests)
+
+    def __enter__(self) -> None:
+        self._patch.start()
+
+    def __exit__(self, *ignored: object) -> None:
+        self._patch.stop()
+
+    def look(self, folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
+        """`check_object`, once for the same bytes."""
+        key = (record, tuple(pieces), self._contents(folder, record))
+        if key not in self._objects:
+            self._objects[key] = check_object(folder, record, pieces)
+        return self._objects[key]
+
+    def check_values(self, folder: CheckpointFolder, point: Manifest) -> None:
+        """As the one of `checkpoint_crash`, once for the same bytes: the name of an object says which tensors are in it."""
+        for name, record in point.objects.items():
+            key = (record, self._contents(folder, record))
+            if key not in self._values:
+                tensors = [tensor for tensor in point.tensors.values() if tensor.pieces[0].object == name]
+                check_object_values(folder.object_folder(name), tensors, record.step, folder.io)
+                self._values.add(key)
+        assert all(
+            tensor.expert is not None or point.objects[tensor.pieces[0].object].step == point.step for tensor in point.tensors.values()
+        )
+
+    def _contents(self, folder: CheckpointFolder, record: ObjectRecord) -> tuple[bytes | None, ...]:
+        files = [folder.object_folder(record.name) / file for file in (METADATA, DATA)]
+        return tuple(folder.io.read(file) if folder.io.exists(file) else None for file in files)
+
+
+def _examine(tree: Tree, last: int, new: int, marks: set[str], tally: Tally, where: str, known: Known) -> None:
     allowed = {last} if f"{BEGUN} {new}" not in marks else {new} if f"{DONE} {new}" in marks else {last, new}
     try:
         fs = MemoryFs(tree)
-        step = restored_step(ROOT, fs)
+        folder = CheckpointFolder(ROOT, fs)
+        choice = choose(ROOT, fs, known.look)
+        assert choice is not None and not choice.damage, choice
+        known.check_values(folder, choice.manifest)
+        step = choice.manifest.step
         if step not in allowed:
             raise AssertionError(f"recovered step {step} instead of {allowed}")
-        folder = CheckpointFolder(ROOT, fs)
         for pinned in set(folder.pins().values()):
             point = folder.manifest(pinned)
-            if bad := check(folder, point, check_object):
+            if bad := check(folder, point, known.look):
                 raise AssertionError(f"a pinned checkpoint is damaged: {bad}")
-            check_values(ROOT, point, fs)
+            known.check_values(folder, point)
         tally.recovered["last" if step == last else "new"] += 1
         if tally.distinct % 50 == 0:
             _go_on(fs, new)
