@@ -78,6 +78,8 @@ def _fold(optimizer: torch.optim.Optimizer, fold: Fold) -> None:
     for expert, own in enumerate(fold.own_steps):
         if own == shared:
             continue
-        m, v, g = state["exp_avg"][expert], state["exp_avg_sq"][expert], gradient[expert]
+        m, v, g = state["exp_avg"][expert], state["exp_avg_sq"][expert], -gradient[expert] if group["maximize"] else gradient[expert]
         m.copy_(folded(m, g, beta1, own, shared))
         v.copy_(folded(v, g.double().square(), beta2, own, shared))
+        if group["amsgrad"]:  # the greatest v so far is divided by the correction of the shared count too
+            state["max_exp_avg_sq"][expert].mul_(correction(beta2, own, shared))

@@ -134,3 +134,24 @@ def test_fused_and_plain_optimizers_are_alike(fused):
     fold_at_first_step(optimizer, [Fold(parameter, scene.own_steps)])
     optimizer.step()
     assert distance(scene.update(parameter), scene.ours()) < 1e-6
+
+
+@pytest.mark.parametrize("variant", [{"maximize": True}, {"amsgrad": True}])
+def test_variants_of_adamw_take_the_step_of_the_own_count_too(variant: dict[str, bool]):
+    generator = torch.Generator().manual_seed(7)
+    m, v, gradient = (torch.rand(1, 32, generator=generator, dtype=torch.float64) for _ in range(3))
+
+    def optimizer_at(step: int) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
+        parameter = torch.nn.Parameter(torch.zeros_like(m))
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, **variant)
+        state = {"step": torch.tensor(float(step)), "exp_avg": m.clone(), "exp_avg_sq": v.clone(), "max_exp_avg_sq": 2 * v}
+        optimizer.state[parameter].update(state)
+        parameter.grad = gradient.clone()
+        return parameter, optimizer
+
+    wanted, own = optimizer_at(3)
+    own.step()
+    found, shared = optimizer_at(50)
+    fold_at_first_step(shared, [Fold(found, [3])])
+    shared.step()
+    assert distance(found.detach(), wanted.detach()) < 1e-6
