@@ -3,7 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import prod
 
 from crc32c import crc32c
@@ -71,7 +71,8 @@ class Generation:
                     raise CheckpointError(f"the copy of {tensor.key} (step {self.job.step}) in memory is damaged.")
 
     def to_json(self) -> dict:
-        return asdict(self)
+        held = {name: vars(one) for name, one in self.held.items()}
+        return vars(self) | {"job": self.job.to_json(), "receipt": self.receipt.to_json(), "held": held}
 
     @classmethod
     def of_json(cls, found: dict) -> "Generation":

@@ -37,7 +37,11 @@ class SaveJob:
         return [*self.objects, *self.extras]
 
     def to_json(self) -> dict:
-        return asdict(self)
+        return vars(self) | {
+            "objects": [_plan_to_json(plan) for plan in self.objects],
+            "extras": [_plan_to_json(plan) for plan in self.extras],
+            "tensors": [_tensor_to_json(tensor) for tensor in self.tensors],
+        }
 
     @classmethod
     def of_json(cls, found: dict) -> "SaveJob":
@@ -51,6 +55,15 @@ class SaveJob:
                 "tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]],
             }
         )
+
+
+def _tensor_to_json(tensor: Tensor) -> dict:
+    """As `asdict`, which copies every value, but some ten times faster: a rank does this beside its training."""
+    return vars(tensor) | {"pieces": [vars(piece) for piece in tensor.pieces]}
+
+
+def _plan_to_json(plan: ObjectPlan) -> dict:
+    return vars(plan) | {"tensors": [_tensor_to_json(tensor) for tensor in plan.tensors]}
 
 
 def _plan_of_json(found: dict) -> ObjectPlan:
@@ -70,7 +83,8 @@ class Receipt:
     error: str = ""
 
     def to_json(self) -> dict:
-        return asdict(self)
+        tensors = [_tensor_to_json(tensor) for tensor in self.tensors]
+        return vars(self) | {"objects": [vars(record) for record in self.objects], "tensors": tensors}
 
     @classmethod
     def of_json(cls, found: dict) -> "Receipt":
