@@ -68,8 +68,7 @@ def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False
 class LocalNode:
     """A node's agent in this process, over an Io that a test may make fail. `dead`: what a killed agent looks like to its ranks."""
 
-    def __init__(self, free: Callable[[Path], int] = free_bytes, host: bool = False) -> None:
-        """`host`: it answers other nodes too."""
+    def __init__(self, free: Callable[[Path], int] = free_bytes) -> None:
         self._folder = TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         self.folder = Path(self._folder.name) / "arena"
         self._free = free
