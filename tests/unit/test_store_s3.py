@@ -235,9 +235,12 @@ def test_late_lists_cost_no_fence_and_no_object(faults):
 
 
 def test_a_job_saves_to_an_object_store_and_resumes_from_it_in_another_layout(faults):
+    before = len(faults.requests)
     job = Job(ROOT, 2, 2, experts_per_save=1)
     for version in (1, 2, 3):
         assert all(pending.committed for pending in job.save(version))
+    commits = [request for request in faults.requests[before:] if request[0] == "PUT" and "/manifests/" in request[1]]
+    assert len(commits) == 3  # and not a folder of that name beside the tests
     report, whole = Job(ROOT, 3, 1).load("must")
     assert report is not None
     assert report.step == 3
