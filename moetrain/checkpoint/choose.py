@@ -41,9 +41,9 @@ def open_object(folder: CheckpointFolder, record: ObjectRecord) -> ArrayReader:
     return reader
 
 
-def read_values(reader: ArrayReader, piece: Piece) -> np.ndarray:
-    """The flat values of a piece. Raises CheckpointError unless they are those that were saved."""
-    return reader.read_checked(piece.start, prod(piece.shape), piece.crc)
+def read_values(reader: ArrayReader, piece: Piece, out: np.ndarray | None = None) -> np.ndarray:
+    """The flat values of a piece, in `out` where it is given. Raises CheckpointError unless they are those that were saved."""
+    return reader.read_checked(piece.start, prod(piece.shape), piece.crc, out)
 
 
 def check_object(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:

@@ -8,15 +8,14 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.choose import Choice, Look, PointsInMemory, check_object, choose, glance, nothing_in_memory, read_values
+from moetrain.checkpoint.fill import as_tensor, dtype_name, fill, tensor_of
 from moetrain.checkpoint.source import Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
-from moetrain.model.state import Fragment, ModelState
-from moetrain.store.boxes import overlap
+from moetrain.model.state import ModelState
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, Tensor
@@ -163,8 +162,8 @@ def restore_together(
 
 def _read(choice: Choice, state: ModelState, world: int, io: Io, memory: Memory) -> list[dict]:
     describe(choice, state, world)
-    sources = Sources(CheckpointFolder(choice.folder, io), memory)
-    return [_fill(choice, state, sources), dict(sources.bytes_read)]
+    damage, bytes_read = fill(choice.manifest, state, Sources(CheckpointFolder(choice.folder, io), memory))
+    return [damage, dict(bytes_read)]
 
 
 def _merged(findings: list[object]) -> tuple[dict[str, str], dict[str, int]]:
@@ -184,7 +183,7 @@ def restore(choice: Choice, state: ModelState, world: int, io: Io | None = None)
     Raises CheckpointError when a tensor is missing or has another shape, before anything is overwritten, and for damage.
     """
     report = describe(choice, state, world)
-    damage = _fill(choice, state, Sources(CheckpointFolder(choice.folder, io or Io()), Memory.empty()))
+    damage, _ = fill(choice.manifest, state, Sources(CheckpointFolder(choice.folder, io or Io()), Memory.empty()))
     if damage:
         raise CheckpointError(" ".join(damage.values()))
     return report
@@ -196,60 +195,13 @@ def describe(choice: Choice, state: ModelState, world: int) -> LoadReport:
     remapped = []
     if manifest.world != world:
         remapped.append(f"It was saved by {manifest.world} ranks (ep {manifest.ep}) and is loaded by {world}.")
-    types = {(_tensor_of(manifest, fragment).dtype, dtype_name(fragment.data)) for fragment in state}
+    types = {(tensor_of(manifest, fragment).dtype, dtype_name(fragment.data)) for fragment in state}
     if casts := sorted(f"{saved} to {live}" for saved, live in types if saved != live):
         remapped.append(f"Values are converted from {', '.join(casts)}.")
     return LoadReport(
         choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts),
         manifest.weight_ages(),
     )  # fmt: skip
-
-
-def dtype_name(data: torch.Tensor) -> str:
-    return str(data.dtype).removeprefix("torch.")
-
-
-def _tensor_of(manifest: Manifest, fragment: Fragment) -> Tensor:
-    tensor = manifest.tensors.get(fragment.key)
-    hint = "The model's configuration is not the one that was saved."
-    if tensor is None:
-        raise CheckpointError(f"The checkpoint of step {manifest.step} has no {fragment.key}.", hint)
-    if tensor.shape != tuple(fragment.logical_shape):
-        shapes = f"{list(tensor.shape)} in the checkpoint and {list(fragment.logical_shape)} in this model"
-        raise CheckpointError(f"{fragment.key} has shape {shapes}.", hint)
-    return tensor
-
-
-@torch.no_grad()
-def _fill(choice: Choice, state: ModelState, sources: Sources) -> dict[str, str]:
-    """Object name -> damage of what could not be read; the fragments of the others are filled."""
-    reads: dict[str, list[tuple[Piece, str, Fragment]]] = defaultdict(list)
-    for fragment in state:
-        tensor = choice.manifest.newest_weights(_tensor_of(choice.manifest, fragment))
-        for piece in tensor.pieces:
-            if overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape) is None:
-                continue
-            if piece.value is not None:
-                fragment.data.detach().fill_(piece.value)
-            else:
-                reads[piece.object].append((piece, tensor.dtype, fragment))
-    damage = {}
-    for name, wanted in reads.items():
-        try:
-            reader = sources.open(choice.manifest.objects[name])
-            for piece, dtype, fragment in sorted(wanted, key=lambda read: read[0].start):
-                values = as_tensor(reader.read(piece), piece, dtype)
-                cut = overlap(piece.offset, piece.shape, fragment.box.offset, fragment.box.shape)
-                assert cut is not None
-                fragment.data.detach()[cut[1]].copy_(values[cut[0]])
-        except CheckpointError as error:
-            damage[name] = error.message
-    return damage
-
-
-def as_tensor(values: np.ndarray, piece: Piece, dtype: str) -> torch.Tensor:
-    """The flat stored values of a box as a tensor of its own type."""
-    return torch.from_numpy(values).view(getattr(torch, dtype)).reshape(piece.shape)
 
 
 def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:

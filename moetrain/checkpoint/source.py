@@ -83,18 +83,22 @@ class MemoryReader:
 
 
 class ObjectReader:
-    """One object, from memory where it lies there, else from the store."""
+    """One object, from memory where it lies there, else from the store. Used by one thread."""
 
-    def __init__(self, record: ObjectRecord, memory: MemoryReader | None, folder: CheckpointFolder, bytes_read: Counter[str]) -> None:
-        self._record, self._memory, self._folder, self._bytes_read = record, memory, folder, bytes_read
+    def __init__(self, record: ObjectRecord, memory: MemoryReader | None, folder: CheckpointFolder) -> None:
+        self.bytes_read: Counter[str] = Counter()  # by source
+        self._record, self._memory, self._folder = record, memory, folder
         self._disk: ArrayReader | None = None
 
-    def read(self, piece: Piece) -> np.ndarray:
-        """The flat values of a piece. Raises CheckpointError unless they are those that were saved."""
+    def read(self, piece: Piece, out: np.ndarray | None = None) -> np.ndarray:
+        """The flat values of a piece. `out`: memory for them, which a store is read into; it holds anything after an error.
+
+        Raises CheckpointError unless they are those that were saved.
+        """
         if self._memory is not None:
             try:
                 values = self._memory.read(piece)
-                self._bytes_read[self._memory.source] += values.nbytes
+                self.bytes_read[self._memory.source] += values.nbytes
                 return values
             except CheckpointError:
                 if not self._record.metadata_crc:  # only memory knew it
@@ -103,18 +107,16 @@ class ObjectReader:
         if self._disk is None:
             self._folder.expect(self._record.name)
             self._disk = open_object(self._folder, self._record)
-        values = read_values(self._disk, piece)
-        self._bytes_read[DISK] += values.nbytes
+        values = read_values(self._disk, piece, out)
+        self.bytes_read[DISK] += values.nbytes
         return values
 
 
 class Sources:
-    """Opens objects wherever they are nearest, and counts the bytes that came from there."""
+    """Opens objects wherever they are nearest."""
 
     def __init__(self, folder: CheckpointFolder, memory: Memory) -> None:
         self._folder, self._memory = folder, memory
-        self.bytes_read: Counter[str] = Counter()
 
     def open(self, record: ObjectRecord) -> ObjectReader:
-        memory = self._memory.open(record.name) if record.name in self._memory else None
-        return ObjectReader(record, memory, self._folder, self.bytes_read)
+        return ObjectReader(record, self._memory.open(record.name) if record.name in self._memory else None, self._folder)
