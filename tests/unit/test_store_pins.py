@@ -127,7 +127,7 @@ def test_prune_by_hand_takes_a_folder_over_that_no_job_uses(folder):
         committed(folder, SaveId(1, 4))
 
 
-@pytest.mark.parametrize(("host", "pid"), [(os.uname().nodename, 1), ("elsewhere", os.getpid())])
+@pytest.mark.parametrize(("host", "pid"), [(os.uname().nodename, 1), ("elsewhere", os.getpid())], ids=["here", "elsewhere"])
 def test_prune_leaves_the_folder_of_a_job_that_may_be_alive(folder, host, pid):
     for seq in (1, 2):
         committed(folder, SaveId(1, seq))
