@@ -16,7 +16,7 @@ from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.recover import LoadReport, from_rank_zero
 from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.config import TrainConfig, batch_of, describe_horizon
-from moetrain.config.origin import origin, origin_run, remember_job, set_aside
+from moetrain.config.origin import origin, origin_run, remember_job, set_aside, settled_place
 from moetrain.config.saved import require_same_run, write_config
 from moetrain.data.batch import Batch
 from moetrain.data.corpus import Corpus, open_corpora
@@ -81,8 +81,9 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         if at == "never":
             set_aside(folder)
         remember_job(folder, os.environ)
+    place = Path(from_rank_zero(world.rank, world.agree, lambda: settled_place(folder, config.checkpoint.folder)) or "")
     checkpoint = Checkpointer(
-        folder / "checkpoint", config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather,
+        place, config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather,
         turns=Turns(config.checkpoint, horizon(config, progress.total_steps)), board=world.board(),
     )  # fmt: skip
     report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)

@@ -29,6 +29,7 @@ class AgentConfig:
 class CheckpointConfig:
     """Partial expert checkpoints, arXiv 2408.04307."""
 
+    folder: str = ""  # where checkpoints lie, in a folder of the run's name: a path, or s3://bucket/prefix; "" = in the run folder
     every_steps: int = 50  # 0 = only at the end and on a stop signal
     interval: str = "steps"  # steps: every_steps | auto: by Young and Daly from measured costs, every_steps until they are measured
     mean_hours_between_failures: float = 24.0  # of the whole job; for interval=auto and plt_budget

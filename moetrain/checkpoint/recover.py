@@ -11,7 +11,17 @@ from pathlib import Path
 import torch
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import Choice, Look, PointsInMemory, check_object, choose, glance, nothing_in_memory, read_values
+from moetrain.checkpoint.choose import (
+    Choice,
+    Look,
+    PointsInMemory,
+    check_object,
+    choose,
+    glance,
+    nothing_in_memory,
+    open_object,
+    read_values,
+)
 from moetrain.checkpoint.fill import as_tensor, dtype_name, fill, tensor_of
 from moetrain.checkpoint.source import Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
@@ -231,7 +241,7 @@ def _whole(choice: Choice, tensor: Tensor, io: Io) -> torch.Tensor:
         if piece.value is not None:
             whole.fill_(piece.value)
             continue
-        reader = ArrayReader(CheckpointFolder(choice.folder, io).object_folder(piece.object), io)
+        reader = open_object(CheckpointFolder(choice.folder, io), choice.manifest.objects[piece.object])
         where = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))
         whole[where] = read_piece(reader, piece, tensor.dtype)
     return whole

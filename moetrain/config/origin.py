@@ -5,14 +5,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from moetrain.base.errors import CheckpointError
 from moetrain.base.files import write_whole
 from moetrain.base.log import logger
+from moetrain.store.backend import absolute
 from moetrain.store.io import Io
-from moetrain.store.objects import CheckpointFolder, resolve
+from moetrain.store.objects import PLACE, CheckpointFolder, place_of, resolve
 
 JOB_FILE = "job.json"  # the job that started this run
-CHECKPOINT = "checkpoint"
-RECORDS = (CHECKPOINT, "metrics.jsonl", "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
+RECORDS = (PLACE, "metrics.jsonl", "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
 
 
 def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
@@ -31,11 +32,34 @@ def origin_run(at: str, folder: Path) -> Path | None:
     """The run folder that `at` restores from; None when nothing is restored."""
     if at == "never" or (at == "auto" and not has_saves(folder)):
         return None
-    return folder if at in ("auto", "must") else resolve(Path(at)).parent
+    if at in ("auto", "must"):
+        return folder
+    found = resolve(Path(at))
+    return Path(at) if (Path(at) / "config.yaml").is_file() else found.parent
 
 
 def has_saves(folder: Path) -> bool:
-    return bool(CheckpointFolder(folder / CHECKPOINT, Io()).saves())
+    return bool(CheckpointFolder(place_of(folder), Io()).saves())
+
+
+def settled_place(run: Path, wanted: str) -> str:
+    """Where the checkpoints of a run lie; written down when it is not its own folder. `wanted`: checkpoint.folder.
+
+    A run that begins anew gets a place that no run had before it. Raises CheckpointError for a run whose checkpoints lie elsewhere.
+    """
+    known, pointer = place_of(run), run / PLACE
+    if pointer.exists():
+        if wanted and known.parent != absolute(Path(wanted)):
+            hint = "Leave it out to go on there, or choose another run.name."
+            raise CheckpointError(f"checkpoint.folder={wanted}: the checkpoints of this run lie in {known}.", hint)
+    elif wanted:
+        base, number = absolute(Path(wanted)), 1
+        place = base / run.name
+        while CheckpointFolder(place, Io()).newest_epoch():
+            number += 1
+            place = base / f"{run.name}-{number}"
+        write_whole(pointer, f"{place}\n")
+    return str(place_of(run))
 
 
 def is_restart(folder: Path, environment: Mapping[str, str]) -> bool:
@@ -64,7 +88,7 @@ def set_aside(folder: Path) -> None:
         number += 1
     for name in used:
         (folder / name).rename(folder / f"{name}.before-{number}")
-    claims = folder / f"{CHECKPOINT}.before-{number}" / "claims"
+    claims = folder / f"{PLACE}.before-{number}" / "claims"
     if claims.is_dir():  # an older job that still runs must find that a newer one has claimed the folder
-        shutil.copytree(claims, folder / CHECKPOINT / "claims")
+        shutil.copytree(claims, folder / PLACE / "claims")
     logger().info("The run starts anew; what the earlier one left in %s is kept as *.before-%d.", folder, number)

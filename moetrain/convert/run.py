@@ -19,6 +19,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.shapes import Shape, is_expert, parameter_shapes
 from moetrain.model.state import Box, Fragment, ModelState
 from moetrain.store.bundle import Contents, TokenizerFacts
+from moetrain.store.objects import place_of
 from moetrain.store.shards import TensorInfo
 from moetrain.telemetry.experts import load_snapshots, relative_load
 from moetrain.telemetry.record import METRICS_FILE, read_records
@@ -35,7 +36,7 @@ def read_run(folder: Path, tokenizer: str | None = None) -> Contents:
     """
     settings = _read_settings(folder)
     config = ModelConfig.from_dict(group(settings, "model", folder))
-    choice = agreed_choice(folder / "checkpoint", str(folder))
+    choice = agreed_choice(place_of(folder), str(folder))
     assert choice is not None
     for damage in choice.damage:
         logger("convert").warning(damage)

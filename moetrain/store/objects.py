@@ -271,9 +271,18 @@ def _item(label: str, encoded: Encoded) -> Item:
     return label, [*data, (METADATA, [encoded.metadata])]
 
 
+PLACE = "checkpoint"  # in a run folder: the checkpoint folder, or a file of one line that says where it lies
+
+
+def place_of(run: Path) -> Path:
+    """Where the checkpoints of a run lie, whether there are any or not."""
+    place = run / PLACE
+    return Path(place.read_text().strip()) if place.is_file() else place
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint folder of a run folder, or the folder itself. Raises CheckpointError when there is none."""
-    for folder in (path, path / "checkpoint"):
+    for folder in (path, place_of(path)):
         if open_backend(folder).is_folder(folder / "manifests"):
             return folder
     raise CheckpointError(f"There is no checkpoint in {path}.", "Name a run folder, or its folder `checkpoint`.")

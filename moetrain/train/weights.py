@@ -16,6 +16,7 @@ from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.native import TorchEngine
 from moetrain.store.bundle import Bundle
+from moetrain.store.objects import place_of
 from moetrain.text.tokenizer import Tokenizer
 
 # What the loss asks for, how values begin, and when experts run: none of it changes what given weights compute.
@@ -84,7 +85,7 @@ def single_engine(folder: Path, config: ModelConfig, is_run: bool, settings: Eng
     engine = TorchEngine(config, ParallelConfig(ep=1), settings, OptimConfig(), world, Mesh(world, 1))
     state = [fragment for fragment in engine.state() if fragment.component == "master"]  # the optimizer's moments are not read
     if is_run:
-        choice = agreed_choice(folder / "checkpoint", "must")
+        choice = agreed_choice(place_of(folder), "must")
         assert choice is not None
         restore(choice, state, world.size)
         engine.load(state)

@@ -8,11 +8,11 @@ import pytest
 from moetrain.base.errors import CheckpointError
 from moetrain.base.files import write_whole
 from moetrain.config import TrainConfig
-from moetrain.config.origin import is_restart, origin, origin_run, remember_job, set_aside
+from moetrain.config.origin import is_restart, origin, origin_run, remember_job, set_aside, settled_place
 from moetrain.config.saved import require_same_run, saved_config, write_config
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
-from moetrain.store.objects import CheckpointFolder
+from moetrain.store.objects import CheckpointFolder, resolve
 
 CONTENT = {"tokenizer": "2", "tokens of a": "1"}
 SLURM = {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "7.0", "TORCHELASTIC_RESTART_COUNT": "0"}
@@ -95,3 +95,29 @@ def test_what_an_earlier_run_left_is_set_aside_and_its_job_loses_the_folder(tmp_
         assert (tmp_path / f"metrics.jsonl.before-{number}").read_text() == f"{number}"
         assert (tmp_path / f"experts.before-{number}").is_dir() and not (tmp_path / "experts").exists()
         assert folder.claim(0.0).epoch == old.epoch + 1
+
+
+def claimed(folder: str) -> None:
+    """As a job leaves a checkpoint folder that it has used."""
+    CheckpointFolder(Path(folder), Io()).claim(0.0)
+
+
+def test_checkpoints_lie_where_the_configuration_says_and_every_command_finds_them(tmp_path: Path) -> None:
+    run, wanted = tmp_path / "runs" / "first", str(tmp_path / "elsewhere")
+    assert settled_place(run, "") == str(run / "checkpoint")
+    run.mkdir(parents=True)
+    assert settled_place(run, wanted) == f"{wanted}/first"
+    claimed(f"{wanted}/first")
+    assert settled_place(run, "") == settled_place(run, wanted) == f"{wanted}/first", "every later start goes on there"
+    assert resolve(run) == Path(wanted, "first")
+    with pytest.raises(CheckpointError, match="the checkpoints of this run lie in"):
+        settled_place(run, str(tmp_path / "third"))
+
+
+def test_a_run_that_starts_anew_gets_a_place_of_its_own(tmp_path: Path) -> None:
+    run, wanted = tmp_path / "runs" / "first", str(tmp_path / "elsewhere")
+    run.mkdir(parents=True)
+    claimed(settled_place(run, wanted))
+    set_aside(run)
+    assert settled_place(run, wanted) == f"{wanted}/first-2"
+    assert (run / "checkpoint.before-1").read_text() == f"{wanted}/first\n"
