@@ -47,8 +47,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_many_starts_leave_no_process_and_no_memory(tmp_path):
-    for _ in range(5):
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("starts", [5, pytest.param(100, marks=pytest.mark.slow)])
+def test_many_starts_leave_no_process_and_no_memory(tmp_path, starts):
+    for _ in range(starts):
         config = CheckpointConfig(agent=AgentConfig(folder=str(tmp_path / "memory")))
         one = Checkpointer(tmp_path / "run" / "checkpoint", config, 0, 1, alone, SystemClock())
         assert one.save(state_of(0, 1, 1, 1), {"step": 1}).done.wait(60)
