@@ -21,6 +21,7 @@ from moetrain.store.objects import CheckpointFolder, Superseded
 
 ORPHAN_SECONDS = 5.0  # how long rank 0's agent still waits for news when its rank is dead,
 ORPHAN_BUSY_SECONDS = 20.0  # and how long when every rank without a receipt has begun to write
+POLLS_PER_WAIT = 20  # a receipt is seen at most a twentieth later than it comes
 
 Alive = Callable[[], bool]
 
@@ -98,7 +99,6 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
     receipts = {job.rank: own}
     news = started = clock.monotonic()
     orphaned: float | None = None
-    pause = 0.005
     while True:
         for rank in range(job.world):
             if rank not in receipts and (found := folder.receipt(job.save, rank)) is not None:
@@ -118,8 +118,7 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
         if clock.monotonic() > limit:
             names = ", ".join(map(str, missing))
             raise CheckpointError(f"no receipt came from rank {names} within {clock.monotonic() - started:.1f} s.")
-        clock.sleep(pause)
-        pause = min(2 * pause, 0.2)
+        clock.sleep(min(max((clock.monotonic() - started) / POLLS_PER_WAIT, 0.005), 0.2))
 
 
 def commit(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> Manifest:
