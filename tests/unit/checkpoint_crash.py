@@ -28,7 +28,7 @@ from moetrain.checkpoint.plan import Part, lay_out
 from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, NodeMemory
 from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.writer import handle, with_checksums
-from moetrain.store.encode import ArrayReader
+from moetrain.store.encode import ArrayReader, Reads
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, Piece, SaveId, Tensor
 from moetrain.store.objects import CheckpointFolder
@@ -107,8 +107,8 @@ def check_values(folder: Path, manifest: Manifest, io: Io) -> None:
         assert all(tensor.expert is not None or record.step == manifest.step for tensor in tensors)
 
 
-def check_object_values(path: Path, tensors: Sequence[Tensor], step: int, io: Io) -> None:
-    reader = ArrayReader(path, io)
+def check_object_values(path: Path, tensors: Sequence[Tensor], step: int, source: Reads) -> None:
+    reader = ArrayReader(path, source)
     values = reader.read(0, reader.size)
     for tensor in tensors:
         assert np.array_equal(values[tensor.pieces[0].start :][:SIZE], value_of(tensor, step)), tensor.key

@@ -28,9 +28,9 @@ def copy(job: Job, version: int) -> None:
     assert all(one.done.wait(60) for one in pending)
 
 
-def restart(job: Job, **config: object) -> Job:
+def restart(job: Job, snapshot_experts: int = 0) -> Job:
     """The same command after kill -9 of all ranks: their agents are still there."""
-    return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, **config)
+    return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, snapshot_experts=snapshot_experts)
 
 
 def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):

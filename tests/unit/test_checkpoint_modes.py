@@ -134,7 +134,7 @@ def test_an_expert_whose_bfloat16_copy_is_damaged_comes_from_an_older_recovery_p
 
 
 def test_recoveries_are_booked_in_the_ledger_of_the_next_manifest(tmp_path):
-    banks = dict.fromkeys(BANKS, NUM_EXPERTS)
+    banks: dict[str, int] = {bank: NUM_EXPERTS for bank in BANKS}
     load = [[4, 3, 2, 1], [1, 1, 1, 1]]
 
     def counting() -> Job:

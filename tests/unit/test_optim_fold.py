@@ -36,7 +36,9 @@ class Scene:
         parameter = nn.Parameter(self.value.clone())
         optimizer = AdamW([NamedParameter("w", parameter, "bank", True)], CONFIG)
         m, v, step = optimizer.moments("w")
-        m.copy_(self.m), v.copy_(self.v), step.copy_(torch.tensor(self.own_steps))
+        m.copy_(self.m)
+        v.copy_(self.v)
+        step.copy_(torch.tensor(self.own_steps))
         parameter.grad = self.gradient.clone()
         optimizer.step(LR)
         return parameter.detach() - self.value
@@ -143,7 +145,7 @@ def test_variants_of_adamw_take_the_step_of_the_own_count_too(variant: dict[str,
 
     def optimizer_at(step: int) -> tuple[torch.nn.Parameter, torch.optim.AdamW]:
         parameter = torch.nn.Parameter(torch.zeros_like(m))
-        optimizer = torch.optim.AdamW([parameter], lr=1e-3, **variant)
+        optimizer = torch.optim.AdamW([parameter], lr=1e-3, **variant)  # pyright: ignore[reportArgumentType]
         state = {"step": torch.tensor(float(step)), "exp_avg": m.clone(), "exp_avg_sq": v.clone(), "max_exp_avg_sq": 2 * v}
         optimizer.state[parameter].update(state)
         parameter.grad = gradient.clone()
