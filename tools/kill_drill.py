@@ -47,13 +47,13 @@ def command(ranks: int, overrides: list[str]) -> list[str]:
 def children(pid: int) -> list[int]:
     """Direct children of a process, from /proc."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
         except OSError:
             continue
         if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
+            found.append(int(process.name))
     return found
 
 

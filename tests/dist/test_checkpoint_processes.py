@@ -37,13 +37,13 @@ def checkpointer(world: World, folder: Path, config: CheckpointConfig) -> Checkp
 def agents(folder: Path) -> list[int]:
     """The agents of the runs in a folder."""
     found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            command = path.read_bytes()
+            command = (process / "cmdline").read_bytes()
         except OSError:
             continue
         if AGENT.encode() in command and str(folder).encode() in command:
-            found.append(int(path.parent.name))
+            found.append(int(process.name))
     return found
 
 
