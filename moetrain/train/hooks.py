@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from moetrain.base.log import logger
-from moetrain.checkpoint.checkpointer import Status
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.interval import Costs
 from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.status import Status
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
 from moetrain.telemetry.experts import Snapshot, save_snapshot

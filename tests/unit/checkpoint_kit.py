@@ -13,8 +13,9 @@ import torch
 from moetrain.base.clock import SystemClock
 from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import SHARED_MEMORY, Arena, free_bytes, own_folder
-from moetrain.checkpoint.checkpointer import Checkpointer, Pending
+from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.pending import Pending
 from moetrain.checkpoint.recover import LoadReport
 from moetrain.checkpoint.serve import answer_of
 from moetrain.checkpoint.turns import Turns

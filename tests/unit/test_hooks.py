@@ -15,10 +15,10 @@ import torch
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.log import logger
-from moetrain.checkpoint.checkpointer import Status
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.interval import best_interval
 from moetrain.checkpoint.recover import LoadReport
+from moetrain.checkpoint.status import Status
 from moetrain.checkpoint.turns import Figures
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig

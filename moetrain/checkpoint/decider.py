@@ -1,0 +1,82 @@
+"""Rank 0's mind: what each save is, for all ranks. One thread uses it, the memory lane's."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from moetrain.checkpoint.accord import Accord, Decision
+from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.course import Attempt, Course, Hurried, copied_experts
+from moetrain.checkpoint.hurry import most_valuable
+from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.modes import Selection
+from moetrain.checkpoint.pending import Pending
+from moetrain.checkpoint.persist_lane import PersistLane
+from moetrain.checkpoint.roster import Roster
+from moetrain.checkpoint.status import Standing
+from moetrain.store.manifest import SaveId
+
+READY_SECONDS = 0.5  # what a save that goes to the store grants the copy before it to be known everywhere
+GRACE_SHARE = 0.7  # of the grace is spent on writing; the rest is for the step under way, and for a disk that is slower now
+
+
+@dataclass(frozen=True)
+class Copied:
+    """A copy in memory: the ledger as a recovery to it would find it."""
+
+    save: SaveId
+    ledger: Ledger
+
+
+class Decider:
+    """Remembers which copies lie in memory everywhere; what goes to the store is the course's to say."""
+
+    def __init__(
+        self, config: CheckpointConfig, accord: Accord, course: Course, roster: Roster, standing: Standing, persisting: PersistLane
+    ) -> None:
+        self._config, self._accord, self._course = config, accord, course
+        self._roster, self._standing, self._persisting = roster, standing, persisting
+        self._keep: Copied | None = None  # the newest save that all ranks have in memory,
+        self._open: Copied | None = None  # and a newer one of which that is not known yet
+
+    def decide(self, pending: Pending) -> Decision:
+        """What this save is. Takes a place in the persist lane for it."""
+        save, order = pending.save, pending.order
+        if self._open is not None:
+            complete = self._accord.is_complete(self._open.save, READY_SECONDS if order.persists else 0.0)
+            if complete is None and not order.persists:
+                return Decision(save, "the copy before it is not in the memory of every rank yet.")
+            self._keep, self._open = self._open if complete else self._keep, None  # what is not known to be complete is given up by all
+        pending.is_queued = order.persists and self._persisting.take_place()
+        persists = pending.is_queued or (order.persists and order.full)
+        hurried = self._hurried() if order.hurried else None
+        attempt = None
+        if persists:
+            attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._roster.homes, hurried)
+        in_memory = self._copies(save, attempt)
+        ledger = pending.ledger.since(self._keep.ledger) if self._keep else self._course.seen(pending.ledger)
+        ledger = ledger.after(in_memory, self._config.mode)
+        self._open = Copied(save, ledger)
+        return Decision(
+            save,
+            keep=self._keep and self._keep.save,
+            persists=persists,
+            index=attempt.line.index if attempt else 0,
+            selection=attempt.selection if attempt else None,
+            in_memory=in_memory,
+            ledger=ledger.to_json() if ledger.total else {},
+        )
+
+    def _hurried(self) -> Hurried | None:
+        """Chooses what can be written within the grace; None when there is time enough, or nothing was measured yet."""
+        status, grace, holdings = self._standing.now, self._config.grace_seconds, self._roster.holdings
+        if not grace or not status.committed_seconds or holdings is None:
+            return None
+        num_bytes = GRACE_SHARE * grace * status.committed_bytes / status.committed_seconds
+        return partial(most_valuable, holdings, self._config.mode, num_bytes=num_bytes)
+
+    def _copies(self, save: SaveId, attempt: Attempt | None) -> Selection | None:
+        """The experts that are copied; None: all of them."""
+        count = self._roster.copied_experts
+        if count is None or (attempt is not None and attempt.selection is None):
+            return None
+        return copied_experts(save.seq, self._course.known_banks, count, attempt.selection if attempt else None)

@@ -1,0 +1,116 @@
+"""The way of a save from the memory of the node to the store, which the agent goes; here one waits for it and learns what became of it.
+
+Thread `checkpoint-persist` runs one save after the other. The memory lane's thread hands them over with `do`; before that it may call
+`take_place`, and for a save that never gets here `give_up` and `end`.
+"""
+
+from functools import partial
+from threading import BoundedSemaphore
+
+from moetrain.base.clock import Clock
+from moetrain.base.errors import CheckpointError
+from moetrain.base.log import logger
+from moetrain.checkpoint.course import Course
+from moetrain.checkpoint.job import Receipt, Reply, SaveJob
+from moetrain.checkpoint.lane import Lane
+from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.pending import Pending
+from moetrain.checkpoint.process import AgentDied, NodeMemory
+from moetrain.checkpoint.status import Standing
+from moetrain.checkpoint.turns import Figures, Turns
+from moetrain.store.manifest import SaveId
+from moetrain.store.objects import CheckpointFolder
+
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.02, 1.0
+
+
+class PersistLane:
+    """Its own state is the places; what is known of the store is the course's."""
+
+    def __init__(
+        self, folder: CheckpointFolder, rank: int, clock: Clock, memory: NodeMemory, course: Course, turns: Turns, standing: Standing
+    ) -> None:
+        self._folder, self._rank, self._clock, self._memory = folder, rank, clock, memory
+        self._course, self._turns, self._standing = course, turns, standing
+        self._places = BoundedSemaphore(2)  # rank 0: of a save that is being persisted, and of one that waits for it
+        self._lane = Lane("checkpoint-persist")
+
+    def take_place(self) -> bool:
+        """Rank 0: whether there was one; it is free again when the save has ended. Never waits."""
+        return self._places.acquire(blocking=False)
+
+    def do(self, pending: Pending, job: SaveJob) -> None:
+        """After the saves before it; returns at once."""
+        self._lane.do(partial(self._persist, pending, job))
+
+    def give_up(self, pending: Pending, reason: str, is_news: bool) -> None:
+        """A save of which this rank brings nothing; the other ranks hear of it through the folder. `is_news`: warns."""
+        self._fail(pending, reason, warn=is_news)
+        self._refuse(pending.save, reason)
+
+    def end(self, pending: Pending) -> None:
+        """The last that happens to a save, in whichever lane."""
+        if self._rank == 0 and pending.order.persists:
+            try:
+                self._course.ended(pending.save)
+            except OSError as error:
+                logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be read: {error.strerror}.")
+        if pending.is_queued:
+            self._places.release()
+        self._standing.ended(pending.seq)
+        pending.done.set()
+
+    def _persist(self, pending: Pending, job: SaveJob) -> None:
+        try:
+            parent, ledger = (None, {}) if self._rank else (self._course.parent, self._course.ledger(job.save))
+            self._settle(pending, job, self._answer(job, parent, ledger), ledger)
+        except OSError as error:
+            self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
+        except Exception as error:
+            pending.error = error
+        self.end(pending)
+
+    def _answer(self, job: SaveJob, parent: SaveId | None, ledger: dict) -> Reply:
+        try:
+            return self._memory.persist(job.save, parent, ledger, 3 * job.timeout_seconds)
+        except AgentDied as died:
+            self._refuse(job.save, str(died))
+            return Reply("abandoned", f"rank {self._rank}: {died}")
+
+    def _settle(self, pending: Pending, job: SaveJob, reply: Reply, ledger: dict) -> None:
+        """Learns from the folder what became of the save."""
+        if reply.outcome == "superseded":
+            raise CheckpointError(reply.reason, "Stop one of the two jobs, or give them different run names.")
+        deadline = self._clock.monotonic() + 3 * job.timeout_seconds
+        pause = FIRST_POLL_SECONDS
+        while (outcome := self._folder.outcome(job.save)) is None and self._clock.monotonic() < deadline:
+            self._clock.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL_SECONDS)  # many ranks ask one folder
+        pending.committed = bool(outcome)
+        if pending.committed:
+            self._standing.committed(job.save.seq, job.step, reply, self._figures(job, ledger))
+            return
+        reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
+        self._fail(pending, reason, warn=self._rank == 0 or reply.outcome == "abandoned")
+
+    def _figures(self, job: SaveJob, saved: dict) -> Figures:
+        ledger = Ledger.of_json(saved, {})
+        chosen = list((job.selection or {}).values()) or list(ledger.banks.values())
+        counts = [experts if isinstance(experts, int) else len(experts) for experts in chosen]
+        return self._turns.figures(ledger, max(counts, default=0))
+
+    def _refuse(self, save: SaveId, reason: str) -> None:
+        """In the agent's place: rank 0 decides, other ranks hand in an error, so that rank 0 need not wait for the time limit."""
+        try:
+            if self._rank == 0:
+                self._folder.abandon(save, reason)
+            else:
+                self._folder.put_receipt(save, self._rank, Receipt(self._rank, 0, None, [], [], reason).to_json())
+        except OSError as error:
+            logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be written: {error.strerror}.")
+
+    def _fail(self, pending: Pending, reason: str, warn: bool) -> None:
+        pending.reason = reason
+        self._standing.failed(reason)
+        if warn:
+            logger("checkpoint").warning(f"The checkpoint of step {pending.step} (seq {pending.seq}) was given up: {reason}")

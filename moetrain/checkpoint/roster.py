@@ -1,0 +1,88 @@
+"""What the ranks of a job tell each other before they train: who holds what, how much a copy may hold, whose agent is whose partner.
+
+It is drawn up at a load, by the training thread; from then on it does not change, and the memory lane reads it.
+"""
+
+from moetrain.base.log import logger
+from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.copying import parts_of, shown
+from moetrain.checkpoint.course import Course, banks_of
+from moetrain.checkpoint.fit import Share, fitting_experts
+from moetrain.checkpoint.plan import Holding, holdings_of, merged, my_parts
+from moetrain.checkpoint.process import AgentDied, NodeMemory
+from moetrain.checkpoint.recover import Gather, together
+from moetrain.checkpoint.source import Memory
+from moetrain.checkpoint.turns import Homes, homes_of
+from moetrain.model.state import ModelState
+
+
+class Roster:
+    """One rank's view of the others."""
+
+    def __init__(self, config: CheckpointConfig, rank: int, world: int, gather: Gather, memory: NodeMemory, course: Course) -> None:
+        """`course`: hears which banks there are."""
+        self.rank, self.world = rank, world
+        self.holdings: list[Holding] | None = None  # of all ranks; None: not known yet
+        self.homes: Homes | None = None
+        self.copied_experts: int | None = None  # of every bank in one copy in memory; None: all
+        self._config, self._gather, self._memory, self._course = config, gather, memory, course
+
+    def draw_up(self, state: ModelState) -> None:
+        """Every rank calls it. Raises CheckpointError on every rank when there is no room for copies on one node."""
+        self._meet(state)
+        self._check_room(state)
+        self._find_partner()
+
+    def draw_up_alone(self, state: ModelState) -> None:
+        """One process needs no load to know who holds what: the memory lane's thread calls it before a first save without one."""
+        if self.holdings is None and self.world == 1:
+            self._meet(state)
+
+    def look_around(self, at: str) -> Memory:
+        """What lies in the memory of all nodes of this job. Agents that an earlier start left are asked; none is started for it."""
+        if at not in ("auto", "must"):
+            return Memory([], None)
+        own = self._memory.list()
+        answers = together(lambda: own, self._gather)
+        if len(answers) != self.world:  # a `gather` that brings rank 0's answer only
+            answers = [own]
+        lists = {found["folder"] + str(found["address"]): found for found in answers if isinstance(found, dict)}
+        return Memory(list(lists.values()), own)
+
+    def _meet(self, state: ModelState) -> None:
+        """Every rank learns who holds what, so that from now on all divide a save alike without asking."""
+        answers = self._gather([holding.to_json() for holding in holdings_of(parts_of(shown(state, self._config.mode)))])
+        if len(answers) == self.world:  # a `gather` that brings rank 0's answer only tells nothing
+            said = [[Holding.of_json(found) for found in answer] for answer in answers if isinstance(answer, list)]
+            self.holdings = merged(said)
+            self.homes = homes_of(self.holdings)
+            self._course.knows(banks_of(holding.group for holding in self.holdings if holding.group))
+
+    def _check_room(self, state: ModelState) -> None:
+        """Decides before training what a copy holds. Raises CheckpointError on every rank when there is no room on one node."""
+        parts = my_parts(parts_of(state), self.rank, holdings=self.holdings)
+        experts = sum(part.num_bytes for part in parts if part.tensor.group)
+        share = [self._memory.place, sum(part.num_bytes for part in parts) - experts, experts, self._memory.possible_bytes()]
+        shares = [Share(*found) for found in self._gather(share) if isinstance(found, list)]
+        num_experts = max(self._course.known_banks.values(), default=0)
+        count = fitting_experts(shares, num_experts, self._config.snapshot_experts)
+        self.copied_experts = count if count < num_experts else None
+        if self.copied_experts and self.rank == 0:
+            sentence = "A copy in memory holds %d of the %d experts of a layer; a fault takes the others back to older copies."
+            logger("checkpoint").info(sentence, count, num_experts)
+
+    def _find_partner(self) -> None:
+        """With several nodes every agent gets the next one as its partner, in a ring."""
+        places = self._gather(self._memory.place) if self._config.agent.partner else []
+        if len(set(map(str, places))) < 2:
+            return
+        addresses = together(self._memory.address, self._gather)
+        nodes = [address for number, address in enumerate(addresses) if address not in addresses[:number]]
+        if None in nodes or len(nodes) < 2:
+            return
+        partner = nodes[(nodes.index(addresses[self.rank]) + 1) % len(nodes)]
+        assert isinstance(partner, dict)
+        try:
+            self._memory.set_partner(partner)
+        except AgentDied as died:
+            logger("checkpoint").warning(f"No copies go to another node: {died}.")
