@@ -206,7 +206,7 @@ def _batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
 def _write(folder: CheckpointFolder, source: DcpFolder, batch: list[Source], job: SaveJob) -> tuple[list[ObjectRecord], list[Tensor]]:
     """One share, durable when it returns: its objects, and the tensors in them."""
     share = folder.new_share(job.save, job.rank)
-    plans, _ = lay_out([replace(member.part, number=number) for number, member in enumerate(batch)])
+    plans = lay_out([replace(member.part, number=number) for number, member in enumerate(batch)])
     records: list[ObjectRecord] = []
     tensors: list[Tensor] = []
 

@@ -68,7 +68,7 @@ def _plan_to_json(plan: ObjectPlan) -> dict:
 
 def _plan_of_json(found: dict) -> ObjectPlan:
     tensors = [Tensor.of_json(tensor) for tensor in found["tensors"]]
-    return ObjectPlan(found["label"], found["dtype"], found["offset"], found["size"], tensors, found["parts"])
+    return ObjectPlan(found["label"], found["dtype"], found["size"], tensors, found["parts"])
 
 
 @dataclass(frozen=True)

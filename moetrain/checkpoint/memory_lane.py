@@ -113,9 +113,8 @@ class MemoryLane:
         state = shown(state, mode)
         parts = parts_of(state)
         mine, extra = self._shares(parts, decision)
-        objects, _ = lay_out(mine)
-        extras, _ = lay_out(extra)
-        plans = [*objects, *extras]
+        objects = lay_out(mine)
+        plans = [*objects, *lay_out(extra)]
         slots = self._memory.reserve(pending.save, decision.keep, [plan.size * stored_dtype(plan.dtype).itemsize for plan in plans])
         plans = copy_fragments(state, plans, list(slots.values()), ready)
         pending.copied.set()

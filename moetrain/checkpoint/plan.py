@@ -1,4 +1,4 @@
-"""Who writes which fragment, and how a rank's share lies in its arena. Pure, no torch.
+"""Who writes which fragment, and which objects a rank's share makes. Pure, no torch.
 
 No rank asks another: all see the same holdings and come to the same answer. Experts go first, whole, each to the holder that has least;
 what many ranks hold alike then fills the gaps (arXiv 2408.04307, adaptive sharding of non-expert state), cut along dim 0 where needed.
@@ -13,7 +13,6 @@ from moetrain.checkpoint.modes import Selection, is_written
 from moetrain.store.encode import stored_dtype
 from moetrain.store.manifest import Group, Tensor
 
-ALIGNMENT = 64  # bytes, of every object in the arena
 SMALLEST_CUT = 4096  # bytes: no tensor is cut into smaller pieces than this
 
 Holders = tuple[int, ...]
@@ -224,28 +223,26 @@ def _cut(part: Part, num_bytes: int) -> tuple[Part, Part | None]:
 
 @dataclass(frozen=True)
 class ObjectPlan:
-    """One future Zarr array: where its values lie in the arena, and its tensors. `parts`: numbers of the fragments they come from."""
+    """One future Zarr array and its tensors. `parts`: numbers of the fragments they come from."""
 
     label: str
     dtype: str  # as stored
-    offset: int  # bytes into the arena
     size: int  # values
     tensors: list[Tensor]
     parts: list[int]
 
 
-def lay_out(parts: list[Part]) -> tuple[list[ObjectPlan], int]:
-    """The objects of a rank's share, one for each expert (and one for all else) and stored type, and the arena bytes they need."""
-    objects, offset = [], 0
+def lay_out(parts: list[Part]) -> list[ObjectPlan]:
+    """The objects of a rank's share, one for each expert (and one for all else) and stored type."""
+    objects = []
     for label, dtype, members in _arrays(parts):
         size, tensors = 0, []
         for part in members:
             piece = replace(part.tensor.pieces[0], start=size)
             tensors.append(replace(part.tensor, pieces=(piece,)))
             size += 0 if part.is_value else part.size
-        objects.append(ObjectPlan(f"{label}.{dtype}", dtype, offset, size, tensors, [part.number for part in members]))
-        offset += -(-size * stored_dtype(dtype).itemsize // ALIGNMENT) * ALIGNMENT
-    return objects, offset
+        objects.append(ObjectPlan(f"{label}.{dtype}", dtype, size, tensors, [part.number for part in members]))
+    return objects
 
 
 def _arrays(parts: list[Part]) -> list[tuple[str, str, list[Part]]]:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import count
+from itertools import accumulate, count, pairwise
 from pathlib import Path
 from random import Random
 
@@ -24,7 +24,7 @@ from moetrain.checkpoint.choose import choose
 from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
-from moetrain.checkpoint.plan import Part, lay_out
+from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
 from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, NodeMemory
 from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.writer import handle, with_checksums
@@ -61,9 +61,9 @@ def prepare(
     all_parts = parts()
     written = [number for number, part in enumerate(all_parts) if is_written(part.tensor, "experts", selection)]
     mine = [number for number in written if number // 2 % world == rank]
-    plans, _ = lay_out([all_parts[number] for number in mine])
-    for plan in plans:
-        values = np.frombuffer(arena, np.float32, plan.size, plan.offset)
+    plans = lay_out([all_parts[number] for number in mine])
+    for plan, view in zip(plans, views(plans, arena), strict=True):
+        values = np.frombuffer(view, np.float32)
         for tensor in plan.tensors:
             values[tensor.pieces[0].start :][:SIZE] = value_of(tensor, version)
     held = [replace(part.tensor, pieces=()) for number, part in enumerate(all_parts) if number not in mine]
@@ -72,13 +72,14 @@ def prepare(
     values = (version, version, "experts", selection, plans, held, {"step": version}, keep, limit)
     share = CheckpointFolder(folder, io or Io()).new_share(save, rank)
     job = SaveJob(str(folder), save, parent, rank, world, *values, share=share)
-    objects = [with_checksums(plan, share, view) for plan, view in zip(plans, views(job, arena), strict=True)]
+    objects = [with_checksums(plan, share, view) for plan, view in zip(plans, views(plans, arena), strict=True)]
     return replace(job, objects=objects)
 
 
-def views(job: SaveJob, arena: memoryview) -> list[memoryview]:
-    """The memory of every object of a job."""
-    return [arena[plan.offset :] for plan in job.objects]
+def views(plans: Sequence[ObjectPlan], arena: memoryview) -> list[memoryview]:
+    """The memory of every object, one after the other."""
+    ends = list(accumulate(4 * plan.size for plan in plans))
+    return [arena[start:end] for start, end in pairwise([0, *ends])]
 
 
 def save_here(folder: Path, version: int, io: Io) -> Reply:
@@ -86,7 +87,7 @@ def save_here(folder: Path, version: int, io: Io) -> Reply:
     save = CheckpointFolder(folder, io).claim(0.0)
     arena = memoryview(bytearray(1 << 16))
     job = prepare(folder, save, version, arena)
-    return handle(job, views(job, arena), io, SystemClock(), lambda: True)
+    return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True)
 
 
 def restored_step(folder: Path, io: Io | None = None) -> int:
@@ -207,7 +208,7 @@ def save_by_ranks(folder: Path, version: int, ios: Sequence[Io]) -> list[int]:
     def work(rank: int, io: Io) -> Reply:
         arena = memoryview(bytearray(1 << 16))
         job = prepare(folder, save, version, arena, rank=rank, world=world)
-        return handle(job, views(job, arena), io, SystemClock(), lambda: True)
+        return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True)
 
     return [forked(lambda rank=rank, io=io: work(rank, io)) for rank, io in enumerate(ios)]
 
@@ -257,8 +258,8 @@ def train(folder: Path) -> None:
         job = prepare(folder, save, seq, arena)
         with suppress(AgentDied):  # that costs this save; another agent serves the next one
             slots = memory.reserve(save, None, [plan.size * 4 for plan in job.objects])
-            for plan, view, slot in zip(job.objects, views(job, arena), slots.values(), strict=True):
-                slot[: plan.size * 4] = view[: plan.size * 4]
+            for plan, view, slot in zip(job.objects, views(job.objects, arena), slots.values(), strict=True):
+                slot[: plan.size * 4] = view
             memory.filled(job, list(slots))
             memory.persist(save, job.parent, {}, 30.0)
 

@@ -47,7 +47,7 @@ def _save(folder: CheckpointFolder, fs: MemoryFs, version: int, keep: int, rando
             folder.pin(f"pin{version}", random.choice(saves))
     arena = memoryview(bytearray(1 << 16))
     job = prepare(ROOT, claimed, version, arena, fs, keep)
-    receipt = persist(job, views(job, arena), folder)
+    receipt = persist(job, views(job.objects, arena), folder)
     folder.put_receipt(job.save, 0, receipt.to_json())
     fs.mark(f"{BEGUN} {version}")
     commit(job, receipt, folder, SystemClock(), lambda: True)
