@@ -18,11 +18,6 @@ ALWAYS_WRITTEN = {
 MODES = tuple(ALWAYS_WRITTEN)
 
 
-def is_partial(mode: str) -> bool:
-    """Whether anything rotates."""
-    return mode != "full"
-
-
 def keeps_weights_fresh(mode: str) -> bool:
     """Whether every checkpoint holds every expert's weights (with `weights16`: rounded to bfloat16)."""
     return bool(ALWAYS_WRITTEN[mode] & {"master", WEIGHT16})

@@ -17,6 +17,7 @@ class TopK:
         self.config = config
 
     def plan(self, scores: GateScores, context: RoutingContext) -> Routing:
+        """Pure: the same inputs give the same routing on every rank."""
         config = self.config
         expert_NK = torch.topk(scores.select_NE, config.top_k, dim=1).indices
         weight_NK = self._weights(scores.combine_NE.gather(1, expert_NK))

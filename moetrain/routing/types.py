@@ -5,7 +5,7 @@ N tokens of this rank and micro-batch, E experts, K chosen per token, P kept (to
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,12 +61,6 @@ class RoutingContext:
     exchange: Exchange = alone
     dropless: bool = False  # ignore the capacity
     carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches (scope global_batch)
-
-
-class RoutingPolicy(Protocol):
-    """Turns scores into pairs. Pure: the same inputs give the same routing on every rank."""
-
-    def plan(self, scores: GateScores, context: RoutingContext) -> Routing: ...
 
 
 def count_pairs(expert_P: Tensor, num_experts: int) -> Tensor:
