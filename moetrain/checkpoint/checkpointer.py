@@ -13,6 +13,7 @@ from pathlib import Path
 
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
+from moetrain.base.garbage import collector_paused
 from moetrain.checkpoint.accord import Accord
 from moetrain.checkpoint.choose import Choice
 from moetrain.checkpoint.config import CheckpointConfig
@@ -133,6 +134,7 @@ class Checkpointer:
             kept = f"The last good one is of step {step}." if step is not None else ""
             raise CheckpointError(f"The checkpoint of step {pending.step} was not committed: {pending.reason}", kept)
 
+    @collector_paused()
     def load(self, state: ModelState, at: str) -> LoadReport | None:
         """Restores the newest good recovery point into `state`, in place, on every rank the same one; None when there is none to restore.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moetrain.base.errors import CheckpointError
+from moetrain.base.garbage import collector_paused
 from moetrain.checkpoint.choose import (
     Choice,
     Look,
@@ -142,19 +143,23 @@ def agreed_choice(
     return choice
 
 
+@collector_paused()
 def restore_together(
     folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None, memory: Memory | None = None
 ) -> tuple[Choice, LoadReport] | None:
     """The same recovery point into the state of every rank; `folder`, `at` and errors as in `agreed_choice`, on every rank.
 
-    Rank 0 chooses at a glance, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
-    choose and read again: after an error, and only then, the state is a mixture. `memory`: what lies in the memory of the nodes.
+    Rank 0 chooses the newest, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
+    choose again, now at a glance on everything, and read again: after an error, and only then, the state is a mixture.
+    `memory`: what lies in the memory of the nodes.
     """
     memory = memory or Memory.empty()
     found: dict[str, str] = {}
 
     def look(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
-        return found.get(record.name) or ("" if record.name in memory else glance(folder, record, pieces))
+        if not found or record.name in memory:
+            return found.get(record.name, "")
+        return found.get(record.name) or glance(folder, record, pieces)
 
     def pick() -> str | None:
         choice = agreed_choice(folder, at, io, look, memory.points) if rank == 0 else None

@@ -1,14 +1,15 @@
 """Where recovery reads an object: the memory of this node, the memory of another node, or the store. Checked alike. No torch."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 
 import numpy as np
 from crc32c import crc32c
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import map_slot
 from moetrain.checkpoint.choose import open_object, read_values
 from moetrain.checkpoint.generation import Generation, Held, points_in_memory
 from moetrain.checkpoint.wire import Address, ask
@@ -17,6 +18,7 @@ from moetrain.store.manifest import Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
 HERE, DISK = "the memory of this node", "disk"
+BLOCK_BYTES = 1 << 20  # what was copied is still in the processor's cache when its checksum is taken
 
 
 class Memory:
@@ -53,33 +55,65 @@ class MemoryReader:
     def __init__(self, name: str, places: Sequence[tuple[Address | None, Held]]) -> None:
         self.source = HERE
         self._name, self._left = name, list(places)
-        self._held: Held | None = None
-        self._bytes = memoryview(b"")
+        self._place: SlotFile | Received | None = None
 
-    def read(self, piece: Piece) -> np.ndarray:
-        """The flat values of a piece. Raises CheckpointError when no memory has them as they were saved."""
+    def read(self, piece: Piece, out: np.ndarray | None = None) -> np.ndarray:
+        """The flat values of a piece, in `out` where it is given. Raises CheckpointError when no memory has them as they were saved."""
         while True:
-            if self._held is not None:
-                dtype = stored_dtype(self._held.dtype)
-                values = self._bytes[piece.start * dtype.itemsize :][: prod(piece.shape) * dtype.itemsize]
-                if crc32c(values) == piece.crc:
-                    return np.frombuffer(values, dtype)
+            if self._place is not None:
+                dtype = stored_dtype(self._place.held.dtype)
+                values = np.empty(prod(piece.shape), dtype) if out is None else out
+                with suppress(OSError):
+                    if self._place.read_into(values.view(np.uint8).data, piece.start * dtype.itemsize) == piece.crc:
+                        return values
             if not self._left:
                 raise CheckpointError(f"{self._name} is damaged in memory: its values are not the ones that were saved.")
-            self._open(*self._left.pop(0))
+            self._place = None
+            with suppress(OSError):
+                self._place = self._open(*self._left.pop(0))
 
-    def _open(self, address: Address | None, held: Held) -> None:
-        self._held = None
+    def _open(self, address: Address | None, held: Held) -> "SlotFile | Received":
+        """Raises OSError."""
+        self.source = HERE if address is None else f"the copy on {address.host}:{address.port}"
+        return SlotFile(held) if address is None else Received(held, ask(address, {"op": "read", "name": self._name})[1])
+
+
+class SlotFile:
+    """An object in the arena of this node: a file, which is read, not mapped, so that its pages need not be brought in one by one."""
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+
+    def read_into(self, memory: memoryview, offset: int) -> int | None:
+        """Fills `memory` and returns the CRC32C of what it holds now; None when the slot ends early. Raises OSError."""
+        crc, position = 0, 0
+        descriptor = os.open(self.held.slot, os.O_RDONLY)
         try:
-            if address is None:
-                self._bytes = memoryview(map_slot(held.slot))[: held.num_bytes]
-                self.source = HERE
-            else:
-                self._bytes = ask(address, {"op": "read", "name": self._name})[1]
-                self.source = f"the copy on {address.host}:{address.port}"
-        except OSError:
-            return
-        self._held = held
+            while position < len(memory):
+                block = memory[position : position + BLOCK_BYTES]
+                count = os.preadv(descriptor, [block], offset + position)
+                if not count:
+                    return None
+                crc = crc32c(block[:count], crc)
+                position += count
+        finally:
+            os.close(descriptor)
+        return crc
+
+
+class Received:
+    """An object that another node sent."""
+
+    def __init__(self, held: Held, content: memoryview) -> None:
+        self.held, self._content = held, content
+
+    def read_into(self, memory: memoryview, offset: int) -> int | None:
+        """As of a SlotFile."""
+        found = self._content[offset : offset + len(memory)]
+        if len(found) != len(memory):
+            return None
+        memory[:] = found
+        return crc32c(memory)
 
 
 class ObjectReader:
@@ -91,13 +125,13 @@ class ObjectReader:
         self._disk: ArrayReader | None = None
 
     def read(self, piece: Piece, out: np.ndarray | None = None) -> np.ndarray:
-        """The flat values of a piece. `out`: memory for them, which a store is read into; it holds anything after an error.
+        """The flat values of a piece, in `out` where it is given, which holds anything after an error.
 
         Raises CheckpointError unless they are those that were saved.
         """
         if self._memory is not None:
             try:
-                values = self._memory.read(piece)
+                values = self._memory.read(piece, out)
                 self.bytes_read[self._memory.source] += values.nbytes
                 return values
             except CheckpointError:

@@ -122,16 +122,14 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
 
 
 def commit(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> Manifest:
-    """Rank 0: waits for the other ranks, makes the recovery point exist and sweeps what is older than `keep` of them.
+    """Rank 0: waits for the other ranks and makes the recovery point exist.
 
-    Raises CheckpointError or OSError when the save was not committed. A sweep that fails only leaves more behind.
+    Raises CheckpointError or OSError when the save was not committed.
     """
     receipts = gather(job, own, folder, clock, alive)
     parent = _parent(job, folder)
     manifest = merge(job, receipts, parent, clock.now())
     folder.commit(manifest)
-    with suppress(OSError, CheckpointError):
-        folder.sweep(job.keep, job.save)
     return manifest
 
 
@@ -167,8 +165,11 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
                 folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))
             return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
         manifest = folder.manifest(job.save)
+    seconds = clock.monotonic() - started
+    with suppress(OSError, CheckpointError):  # a sweep that fails only leaves more behind
+        folder.sweep(job.keep, job.save)
     oldest = max(manifest.ages().values(), default=0)
-    return Reply("committed", "", manifest.new_bytes, clock.monotonic() - started, oldest)
+    return Reply("committed", "", manifest.new_bytes, seconds, oldest)
 
 
 def _attempt(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:

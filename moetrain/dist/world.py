@@ -145,7 +145,7 @@ class World:
         if self.size > 1:
             with self.watch.operation(name):
                 dist.broadcast(buffer, src=0)
-        return json.loads(bytes(buffer.tolist()))
+        return json.loads(buffer.numpy().tobytes())
 
     def gather(self, value: T, name: str = "gathering a value of every rank") -> list[T]:
         """Every rank's value on every rank, in order of rank, through JSON: tuples come back as lists. For small values."""

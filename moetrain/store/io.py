@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from moetrain.store.direct import DirectWriter
+
 Buffer = bytes | memoryview
 Hook = Callable[[str, Path], None]
 
@@ -23,9 +25,11 @@ class Io:
     """
 
     block_bytes = 1 << 20  # what was read is still in the processor's cache when its checksum is taken
+    direct_bytes = 1 << 20  # from this size on a file is written past the page cache
 
     def __init__(self, hook: Hook = no_hook) -> None:
         self._hook = hook
+        self._direct = DirectWriter()
 
     def mkdir(self, path: Path) -> None:
         """Makes the folder and its parents; an existing one is fine."""
@@ -46,6 +50,9 @@ class Io:
 
     def _write(self, descriptor: int, path: Path, views: list[memoryview]) -> int:
         total = 0
+        if sum(len(view) for view in views) >= self.direct_bytes:
+            total = self._direct.write(descriptor, views, lambda: self._hook("write", path))
+            _advance(views, total)
         while views:
             self._hook("write", path)
             written = os.writev(descriptor, views[:_MOST_BUFFERS])

@@ -131,7 +131,9 @@ def killer(after: int) -> Io:
         if left[0] < 0:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return Io(hook)
+    io = Io(hook)
+    io.direct_bytes = 1  # objects are small here; large ones are written like this
+    return io
 
 
 def forked(work: Callable[[], Reply]) -> int:
