@@ -1,4 +1,4 @@
-"""A small training state at any layout, ranks simulated in one process, and a node's agent without a process."""
+"""A small training state at any layout, ranks simulated in one process, a node's agent without a process, and a look into the folder."""
 
 import json
 from collections.abc import Callable
@@ -24,6 +24,8 @@ from moetrain.dist.board import DictBoard
 from moetrain.model.state import Box, Fragment, ModelState, assemble
 from moetrain.routing.placement import Placement
 from moetrain.store.io import Io
+from moetrain.store.manifest import Manifest
+from moetrain.store.objects import CheckpointFolder
 
 BANKS = ("blocks.0.moe.experts", "blocks.1.moe.experts")
 NUM_EXPERTS = 4
@@ -207,3 +209,22 @@ def assert_equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]
     assert found.keys() == wanted.keys()
     different = [key for key in wanted if not torch.equal(found[key], wanted[key])]
     assert not different
+
+
+def manifests(folder: Path) -> list[Manifest]:
+    """The recovery points of a checkpoint folder that can be read, newest first."""
+    return [point for point in CheckpointFolder(folder, Io()).history() if isinstance(point, Manifest)]
+
+
+def experts_by_step(manifest: Manifest) -> dict[tuple[str, int], int]:
+    return {group: manifest.step - age for group, age in manifest.ages().items()}
+
+
+def objects_of(folder: Path, manifest: Manifest, label: str) -> list[Path]:
+    return [folder / "objects" / name for name in manifest.objects if Path(name).name.startswith(label)]
+
+
+def flip(file: Path, position: int) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 0x10
+    file.write_bytes(bytes(data))
