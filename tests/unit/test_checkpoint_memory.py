@@ -13,7 +13,7 @@ from moetrain.checkpoint.fit import Share, fitting_experts
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.plan import Holding
-from moetrain.checkpoint.recover import agreed_choice
+from moetrain.checkpoint.recover import LoadReport, agreed_choice
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected
 
 
@@ -31,6 +31,15 @@ def copy(job: Job, version: int) -> None:
 def restart(job: Job, snapshot_experts: int = 0) -> Job:
     """The same command after kill -9 of all ranks: their agents are still there."""
     return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, snapshot_experts=snapshot_experts)
+
+
+def assert_goes_on_from(job: Job, step: int) -> LoadReport:
+    """A restart brings back the whole state of that step."""
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == step
+    assert_equal(whole, expected(step))
+    return report
 
 
 def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
@@ -56,10 +65,7 @@ def test_a_copy_that_one_rank_lacks_is_no_recovery_point(tmp_path):
     job.nodes[1].dead = True
     copy(job, 3)
     job.nodes[1].dead = False
-    report, whole = restart(job).load()
-    assert report is not None
-    assert report.step == 2
-    assert_equal(whole, expected(2))
+    assert_goes_on_from(job, 2)
 
 
 def test_without_memory_the_disk_is_read(tmp_path):
@@ -67,11 +73,8 @@ def test_without_memory_the_disk_is_read(tmp_path):
     job.save(1)
     copy(job, 2)
     job.nodes[1] = LocalNode()  # another machine
-    report, whole = restart(job).load()
-    assert report is not None
-    assert report.step == 1
+    report = assert_goes_on_from(job, 1)
     assert set(report.read) == {"the memory of this node", "disk"}  # node 0 still has its part of that save
-    assert_equal(whole, expected(1))
 
 
 def test_a_damaged_expert_in_memory_comes_from_an_older_version_and_is_named(tmp_path):
@@ -113,10 +116,7 @@ def test_an_agent_takes_over_from_one_that_was_killed(tmp_path):
     (job.nodes[0].folder / "slots" / "half-made").write_bytes(b"x" * 4096)
     job.nodes[0].start()
     assert not (job.nodes[0].folder / "slots" / "half-made").exists()
-    report, whole = restart(job).load()
-    assert report is not None
-    assert report.step == 2
-    assert_equal(whole, expected(2))
+    assert_goes_on_from(job, 2)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{}", b"flip"])
@@ -128,10 +128,7 @@ def test_a_damaged_description_hides_its_copy_and_no_other(tmp_path, damage):
     data = newest.read_bytes()
     newest.write_bytes(damage if damage != b"flip" else data.replace(b'"step":2', b'"step":3'))
     job.nodes[0].start()
-    report, whole = restart(job).load()
-    assert report is not None
-    assert report.step == 1
-    assert_equal(whole, expected(1))
+    assert_goes_on_from(job, 1)
 
 
 def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
@@ -180,10 +177,7 @@ def test_a_run_that_took_its_leave_is_read_from_disk(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
     job.ranks[0].finish()
-    report, whole = restart(job).load()
-    assert report is not None
-    assert list(report.read) == ["disk"]
-    assert_equal(whole, expected(1))
+    assert list(assert_goes_on_from(job, 1).read) == ["disk"]
 
 
 @pytest.mark.parametrize("sharded", [False, True])
@@ -269,10 +263,8 @@ def test_a_hurried_last_save_writes_the_most_valuable_experts_that_fit(tmp_path)
     assert choice is not None
     assert choice.manifest.step == 3
     assert min(choice.manifest.ages().values()) > 0, "there was time for what belongs to no expert only"
-    report, whole = restart(job).load()
-    assert report is not None
+    report = assert_goes_on_from(job, 3)
     assert set(report.ages.values()) == {0}, "memory has what the store lacks, should this node come back"
-    assert_equal(whole, expected(3))
 
 
 def test_a_grace_that_is_long_enough_is_a_full_save(tmp_path):
