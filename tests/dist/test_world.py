@@ -19,6 +19,7 @@ from moetrain.dist.mesh import Mesh, auto_ep
 from moetrain.dist.stop import Stop
 from moetrain.dist.watch import Watch, Watchdog
 from moetrain.dist.world import World
+from tests.clock import FakeClock
 from tests.kit import run_ranks
 
 
@@ -200,20 +201,6 @@ def test_joining_without_torchrun_is_one_process(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(("world_size", "num_experts", "ep"), [(1, 8, 1), (2, 8, 2), (3, 8, 3), (16, 8, 8), (6, 4, 3), (7, 4, 1)])
 def test_auto_ep_is_the_largest_divisor_with_an_expert_each(world_size: int, num_experts: int, ep: int) -> None:
     assert auto_ep(world_size, num_experts) == ep
-
-
-class FakeClock:
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def monotonic(self) -> float:
-        return self.time
-
-    def now(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 class FakeWork:

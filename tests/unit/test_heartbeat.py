@@ -5,21 +5,10 @@ from datetime import timedelta
 import pytest
 from torch.distributed import HashStore  # pyright: ignore[reportPrivateImportUsage]
 
-from moetrain.base.clock import SystemClock
 from moetrain.dist.heartbeat import Heartbeat
+from tests.clock import FakeClock
 
 LIMIT = 10.0
-
-
-class FakeClock(SystemClock):
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def monotonic(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 class DeadStore(HashStore):

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 
-from moetrain.base.clock import SystemClock
 from moetrain.base.log import logger
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.interval import best_interval
@@ -30,16 +29,9 @@ from moetrain.train.config import TrainingConfig
 from moetrain.train.evaluate import EvaluationResult
 from moetrain.train.hooks import EvaluateHook, EventHook, LogHook, ProfileHook, SampleHook, SaveHook
 from moetrain.train.run import Hook, Progress, Run
+from tests.clock import FakeClock
 
 BANKS = ["blocks.0.moe.experts", "blocks.1.moe.experts"]
-
-
-class FakeClock(SystemClock):
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def monotonic(self) -> float:
-        return self.time
 
 
 @dataclass

@@ -8,23 +8,12 @@ from typing import TypeVar
 import pytest
 from torch.distributed import HashStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
-from moetrain.base.clock import SystemClock
 from moetrain.base.errors import TrainingError
 from moetrain.dist.meeting import meet
 from moetrain.dist.watch import Watch
+from tests.clock import FakeClock
 
 T = TypeVar("T")
-
-
-class FakeClock(SystemClock):
-    def __init__(self) -> None:
-        self.time = 0.0
-
-    def monotonic(self) -> float:
-        return self.time
-
-    def sleep(self, seconds: float) -> None:
-        self.time += seconds
 
 
 def on_threads(size: int, fn: Callable[[int], T]) -> list[T]:

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from rich.console import Console
 
-from moetrain.base.clock import SystemClock
 from moetrain.base.log import logger
 from moetrain.telemetry.console import LinesSink, LiveSink, open_console
 from moetrain.telemetry.format import duration, quantity, share, size, sparkline
 from moetrain.telemetry.panel import condense, panel
 from moetrain.telemetry.record import Record
 from moetrain.telemetry.status import RunStatus
+from tests.clock import FakeClock
 
 STEP: Record = {
     "train/step": 10,
@@ -50,13 +50,6 @@ COMMIT: Record = {
 EVALUATION: Record = {"train/step": 12, "evaluation/loss": 3.5, "evaluation/bits_per_byte": 2.01}
 WORDS = ["3.250", "3.00e-04", "0.80", "12.4k tokens/s", "0.33s", "31.2 %", "1.31 GB", "1.42", "0.970", "dead 2", "1.5 %"]
 LATER_WORDS = ["#4 at step 8", "13.2 MB", "oldest expert 6 steps", "1 failed", "3.500", "2.010 bits per byte"]
-
-
-class FakeClock(SystemClock):
-    time = 0.0
-
-    def monotonic(self) -> float:
-        return self.time
 
 
 def status_of(*records: Record, total_steps: int = 40) -> RunStatus:

@@ -9,6 +9,7 @@ from torch import Tensor
 from moetrain.base.clock import SystemClock
 from moetrain.telemetry.meter import Meter, peak_memory_bytes
 from moetrain.telemetry.probe import known_gpu, matmul_flops, peak_flops
+from tests.clock import FakeClock
 
 
 @dataclass
@@ -25,20 +26,12 @@ class Step:
     seconds: float = 0.75
 
 
-class FakeClock(SystemClock):
-    def __init__(self) -> None:
-        self.time = 50.0
-
-    def monotonic(self) -> float:
-        return self.time
-
-
 def meter(clock: FakeClock) -> Meter:
     return Meter(clock, flops_per_token=10.0, peak_flops=1000.0, peak_memory=lambda: 77)
 
 
 def test_one_step_is_recorded_as_it_was() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     clock.time += 4
     under_test.add(Step())
@@ -64,7 +57,7 @@ def test_one_step_is_recorded_as_it_was() -> None:
 
 
 def test_an_interval_is_averaged_by_tokens_and_its_load_is_summed() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     under_test.add(Step(loss=1.0, num_tokens=300, lr=0.1, grad_norm=1.0))
     under_test.add(Step(loss=5.0, num_tokens=100, lr=0.2, grad_norm=9.0, num_dropped=5, seconds=0.25))
@@ -78,7 +71,7 @@ def test_an_interval_is_averaged_by_tokens_and_its_load_is_summed() -> None:
 
 
 def test_records_start_new_intervals() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     for loss in (9.0, 1.0):
         clock.time += 2
@@ -90,7 +83,7 @@ def test_records_start_new_intervals() -> None:
 
 
 def test_paused_time_and_time_before_a_restart_do_not_count() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     clock.time += 100
     under_test.restart()
@@ -102,7 +95,7 @@ def test_paused_time_and_time_before_a_restart_do_not_count() -> None:
 
 
 def test_a_step_without_valid_tokens_is_not_averaged_to_zero() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     clock.time += 1
     under_test.add(Step(loss=0.0, num_tokens=0))
@@ -111,7 +104,7 @@ def test_a_step_without_valid_tokens_is_not_averaged_to_zero() -> None:
 
 
 def test_a_dense_model_has_no_expert_metrics() -> None:
-    clock = FakeClock()
+    clock = FakeClock(50.0)
     under_test = meter(clock)
     clock.time += 1
     under_test.add(Step(load=torch.zeros(0, 8, dtype=torch.int64)))
@@ -121,7 +114,7 @@ def test_a_dense_model_has_no_expert_metrics() -> None:
 
 
 def test_adding_leaves_the_results_load_alone() -> None:
-    under_test, first = meter(FakeClock()), Step()
+    under_test, first = meter(FakeClock(50.0)), Step()
     under_test.add(first)
     under_test.add(Step())
     assert first.load.tolist() == [[2, 2], [4, 0]]
