@@ -28,6 +28,7 @@ from pathlib import Path
 
 from moetrain.checkpoint.source import DISK
 from tools.hosts import Host, command_line, two_hosts
+from tools.small_job import TOKENS_PER_STEP, small_job
 
 WORKER = "launch/train.py"
 NOTICED_SECONDS = 15.0
@@ -35,9 +36,7 @@ LIMIT_SECONDS = 300.0
 PORT = 29_600
 FAULTS = ("host", "link", "frozen", "worker", "meeting")
 SMALL = (
-    "+experiment=gpt_moe_8e", "data.seq_len=64", "train.global_batch_tokens=1024", "train.sample_every=0", "telemetry.console=lines",
-    "telemetry.experts_every=1", "model.hidden_size=64", "model.ffn_size=128", "model.expert_ffn_size=64", "model.shared_ffn_size=64",
-    "model.attention.num_heads=2", "model.attention.num_kv_heads=2", "model.attention.head_dim=32", "checkpoint.every_steps=10",
+    *small_job(width=64, seq_len=64), "telemetry.console=lines", "telemetry.experts_every=1", "checkpoint.every_steps=10",
     "checkpoint.snapshot_every=1",
 )  # fmt: skip
 
@@ -71,7 +70,7 @@ class Job:
 
     def __init__(self, folder: Path, overrides: list[str], steps: int) -> None:
         self.folder, self.run = folder, folder / "run"
-        self.overrides = [*SMALL, *overrides, f"run.folder={folder}", "run.name=run", f"train.tokens={steps * 1024}"]
+        self.overrides = [*SMALL, *overrides, f"run.folder={folder}", "run.name=run", f"train.tokens={steps * TOKENS_PER_STEP}"]
         self.processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, hosts: list[Host], endpoint: Host) -> None:

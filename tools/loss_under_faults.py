@@ -29,12 +29,11 @@ from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.record import read_records
 from moetrain.train.loop import train
 from moetrain.train.run import Run
+from tools.small_job import TOKENS_PER_STEP, small_job
 
 MODES = ("none", "full", "moments", "weights16", "experts")
 SMALL = (
-    "+experiment=gpt_moe_8e", "data.seq_len=128", "train.global_batch_tokens=1024", "train.sample_every=0", "train.evaluate_every=0",
-    "telemetry.console=off", "telemetry.experts_every=0", "model.hidden_size=96", "model.ffn_size=192", "model.expert_ffn_size=96",
-    "model.shared_ffn_size=96", "model.attention.num_heads=3", "model.attention.num_kv_heads=3", "model.attention.head_dim=32",
+    *small_job(width=96, seq_len=128), "train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0",
     "checkpoint.experts_per_save=1",
 )  # fmt: skip
 
@@ -106,7 +105,7 @@ def run_to_the_end(mode: str, seed: int, faults: list[int], folder: Path, option
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     own = [f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"data.seed={seed}"]
-    own += [f"train.tokens={1024 * options.steps}", f"checkpoint.every_steps={options.every}"]
+    own += [f"train.tokens={TOKENS_PER_STEP * options.steps}", f"checkpoint.every_steps={options.every}"]
     own.append(f"checkpoint.mode={'full' if mode == 'none' else mode}")
     config = to_config(compose([*SMALL, *own, *options.overrides]))
     check(config, 1)
