@@ -15,26 +15,19 @@ import multiprocessing
 import os
 import platform
 import secrets
-import shutil
-import statistics
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing import connection
 from pathlib import Path
 
-import numpy as np
 import torch
-import zarr
-from zarr.codecs import Crc32cCodec
 
-from moetrain.checkpoint.choose import check, check_object, choose, glance
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
 from moetrain.model.config import AttentionConfig, ModelConfig
@@ -42,15 +35,22 @@ from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.native import TorchEngine
 from moetrain.routing.config import RoutingConfig
-from moetrain.store.io import Io
-from moetrain.store.objects import CheckpointFolder
 from tools.bench_step import Case, random_batch
-from tools.contenders import Contender, Dcp, DcpAsync, DeepSpeed, Live, Nothing, Ours, PerRank, Safetensors, sync
+from tools.checkpoint_figures import (
+    AGAIN,
+    BASE,
+    DCP,
+    OURS,
+    PROCESS,
+    SEED,
+    lines,
+    rates,
+    summary,
+)  # fmt: skip
+from tools.checkpoint_rates import recoveries, write_rates
+from tools.contenders import Contender, Dcp, DcpAsync, DeepSpeed, Live, Nothing, Ours, PerRank, Safetensors
 
-SEED = 0
 WORLD = 2
-BASE, AGAIN = "no checkpoints", "no checkpoints, again"
-OURS, PROCESS = "ours, full", "DCP async, process"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Size:
     vocabulary: int = 8192
     sequences: int = 4  # of a rank and iteration
     seq_len: int = 256
-    rounds: int = 4
-    iterations: int = 8
+    rounds: int = 10
+    iterations: int = 4
     pairs: int = 15  # of rates
 
 
@@ -126,7 +126,7 @@ def makers(folder: Path, live: Live) -> dict[str, Callable[[], Contender]]:
         "ours, experts": lambda: Ours("ours, experts", folder / "ours-experts", live, "experts"),
         "torch.save": lambda: PerRank("torch.save", folder / "torch", live),
         "safetensors": lambda: Safetensors("safetensors", folder / "safetensors", live),
-        "DCP sync": lambda: Dcp("DCP sync", folder / "dcp", live),
+        DCP: lambda: Dcp(DCP, folder / "dcp", live),
         "DCP async, thread": lambda: DcpAsync("DCP async, thread", folder / "dcp-thread", live, False),
         PROCESS: lambda: DcpAsync(PROCESS, folder / "dcp-process", live, True),
         AGAIN: lambda: Nothing(AGAIN, folder),
@@ -208,118 +208,6 @@ def stalls(trainer: Trainer, contenders: list[Contender], size: Size) -> dict[st
     return found
 
 
-# rates
-
-
-def write_rates(trainer: Trainer, contenders: list[Contender], size: Size, folder: Path) -> dict[str, list[float]]:
-    """Seconds of a save from the call until it is durable, all ranks at once, once a round; raw write+fsync and zarr-python beside it."""
-    live = trainer.live
-    payload = torch.cat([tensor.flatten().view(torch.uint8) for tensor in live.mine.values() if tensor.numel()]).numpy()
-    writers: dict[str, Callable[[int], None]] = {contender.name: partial(save_whole, contender) for contender in contenders}
-    writers["raw write+fsync"] = lambda step: write_raw(folder / f"copy-{live.world.rank}" / "raw", payload)
-    writers["zarr-python"] = lambda step: write_zarr(folder / f"copy-{live.world.rank}" / "zarr", payload)
-    found: dict[str, list[float]] = {name: [] for name in writers}
-    persisted: list[float] = []
-    for number in range(size.pairs):
-        for name, write in writers.items():
-            remove_copies(folder, live.world.rank)  # what an earlier one wrote is not a part of the next write
-            live.world.barrier(f"before {name}")
-            started = time.perf_counter()
-            write(10_000 + number)
-            found[name].append(time.perf_counter() - started)
-        persisted += [contender.committed_seconds for contender in contenders if contender.name == OURS and isinstance(contender, Ours)]
-        for contender in contenders:
-            contender.tidy()
-    return found | {f"{OURS}: arena to commit": persisted}
-
-
-def save_whole(contender: Contender, step: int) -> None:
-    contender.save(step)
-    contender.before_update()
-    contender.drain()
-
-
-def remove_copies(folder: Path, rank: int) -> None:
-    copies = folder / f"copy-{rank}"
-    shutil.rmtree(copies, ignore_errors=True)
-    copies.mkdir()
-
-
-def write_raw(path: Path, payload: np.ndarray) -> None:
-    """`path` does not exist: removing a file of this size takes a quarter as long as writing it."""
-    with path.open("xb", buffering=0) as file:
-        view, written = payload.data, 0
-        while written < len(view):
-            written += file.write(view[written:])
-        os.fsync(file.fileno())
-
-
-def write_zarr(folder: Path, payload: np.ndarray) -> None:
-    """zarr-python with the codecs of our objects: inner chunks of 4 MiB with crc32c; then what it leaves out, the syncs."""
-    values = payload[: payload.size // 4 * 4].view(np.float32)
-    chunk = min(1 << 20, values.size)
-    shard = -(-values.size // chunk) * chunk
-    array = zarr.create_array(
-        store=str(folder), shape=values.shape, dtype="float32", chunks=(chunk,), shards=(shard,), compressors=Crc32cCodec(),
-        config={"write_empty_chunks": True},
-    )  # fmt: skip
-    array[:] = values
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
-
-
-# recovery
-
-
-def forget(paths: list[Path]) -> None:
-    """Asks the system to drop clean pages of these files, so that the next read comes from the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
-def read_raw(paths: list[Path]) -> None:
-    buffer = bytearray(16 << 20)
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while file.readinto(buffer):
-                pass
-
-
-def recoveries(trainer: Trainer, contenders: list[Contender], size: Size, cold: bool) -> dict[str, list[float]]:
-    """Seconds of a whole load of every contender, all ranks at once; of ours also the parts, and a plain read of what it reads."""
-    live = trainer.live
-    ours = next(contender for contender in contenders if isinstance(contender, Ours))
-    folder, point = CheckpointFolder(ours.folder, Io()), ours.point()
-    mine = {name for name in point.objects if f"/{live.world.rank:05d}-" in name}
-    share = replace(
-        point,
-        objects={name: record for name, record in point.objects.items() if name in mine},
-        tensors={key: tensor for key, tensor in point.tensors.items() if {piece.object for piece in tensor.pieces} <= mine},
-    )
-    files = [ours.folder / "objects" / name / "c.0" for name in sorted(mine)]
-    files = [path for path in files if path.exists()]
-    readers: dict[str, Callable[[], object]] = {contender.name: contender.load for contender in contenders}
-    readers[f"{OURS}: from memory"] = ours.load_from_memory
-    readers[f"{OURS}: list"] = lambda: choose(ours.folder, Io(), glance)
-    readers[f"{OURS}: read and verify"] = lambda: check(folder, share, check_object)
-    readers["raw read"] = lambda: read_raw(files)
-    found: dict[str, list[float]] = {name: [] for name in readers}
-    everything = [path for contender in contenders if contender.folder.exists() for path in contender.folder.rglob("*") if path.is_file()]
-    for number in range(max(1, size.pairs // 2) + 1):
-        for name, read in readers.items():
-            if cold and live.world.is_main:
-                forget(everything)
-            live.world.barrier(f"before {name}")
-            started = time.perf_counter()
-            read()
-            if number:  # the first one warms up
-                found[name].append(time.perf_counter() - started)
-    return found
-
-
 # memory
 
 
@@ -369,8 +257,8 @@ def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
         iterations = stalls(trainer, contenders, size)
         files = {contender.name: sum(path.stat().st_size for path in contender.files()) for contender in contenders}
         timed = [contender for contender in contenders if not isinstance(contender, DcpAsync | Nothing)]
-        writes = write_rates(trainer, timed, size, folder)
-        reads = {"cold": recoveries(trainer, timed, size, True), "warm": recoveries(trainer, timed, size, False)}
+        writes = write_rates(trainer.live, timed, size.pairs, folder)
+        reads = {state: recoveries(trainer.live, timed, size.pairs, state == "cold") for state in ("cold", "warm")}
         outcomes = {contender.name: contender.outcome() for contender in contenders if isinstance(contender, Ours)}
         for contender in contenders:
             contender.close()
@@ -402,83 +290,6 @@ def run_ranks(folder: Path, size: Size) -> list[dict]:
                 process.kill()  # it would wait for the one that failed
             raise RuntimeError("a rank failed; the first error above says why")
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(WORLD)]
-
-
-# figures
-
-
-def summary(found: list[dict]) -> dict[str, dict[str, float]]:
-    """One row a contender. Shares are of the median iteration without checkpoints in the same round."""
-    rows = {}
-    base = [statistics.median(block) for block in found[0]["iterations"][BASE]["whole"]]
-    for name, blocks in found[0]["iterations"].items():
-        ratios = [statistics.median(block) / plain for block, plain in zip(blocks["whole"], base, strict=True)]
-        shares = [stall / plain for rank in found for stall, plain in stalls_of(rank["iterations"][name], base)]
-        rows[name] = {
-            "stall_p50": float(np.percentile(shares, 50)),
-            "stall_p99": float(np.percentile(shares, 99)),
-            "stall_max": max(shares),
-            "slow_down": statistics.median(ratios) - 1,
-            "bytes_per_rank": max(rank["bytes"].get(name, 0) for rank in found),
-            "memory": found[0]["memory"][name],
-        }
-    return rows
-
-
-def stalls_of(blocks: dict[str, list[list[float]]], base: list[float]) -> Iterator[tuple[float, float]]:
-    """What every iteration stalled, and the median iteration without checkpoints of its round."""
-    for starting, waiting, plain in zip(blocks["starting"], blocks["waiting"], base, strict=True):
-        for start, wait in zip(starting, waiting, strict=True):
-            yield start + wait, plain
-
-
-def paired(ranks: list[dict[str, list[float]]], name: str, other: str) -> dict[str, float]:
-    """Median and 95 % interval of seconds(`other`) / seconds(`name`), the slower rank of each, round by round."""
-    one, two = ([max(times) for times in zip(*(rank[key] for rank in ranks), strict=True)] for key in (name, other))
-    ratios = [b / a for a, b in zip(one, two, strict=True)]
-    generator = np.random.default_rng(SEED)
-    medians = np.median(generator.choice(ratios, (2000, len(ratios))), axis=1)
-    return {"median": statistics.median(ratios), "low": float(np.percentile(medians, 2.5)), "high": float(np.percentile(medians, 97.5))}
-
-
-def rates(found: list[dict]) -> dict[str, dict[str, float]]:
-    """How many times as fast ours is: writing against raw and zarr-python, reading and recovery against raw read and DCP's load."""
-    writes, persist = [rank["writes"] for rank in found], f"{OURS}: arena to commit"
-    result = {
-        "write, arena to commit, against raw": paired(writes, persist, "raw write+fsync"),
-        "write, call to commit, against raw": paired(writes, OURS, "raw write+fsync"),
-        "write, arena to commit, against zarr-python": paired(writes, persist, "zarr-python"),
-    }
-    for state in ("cold", "warm"):
-        reads = [rank["reads"][state] for rank in found]
-        result[f"read and verify, {state}, against raw read"] = paired(reads, f"{OURS}: read and verify", "raw read")
-        result[f"whole recovery, {state}, against DCP full load"] = paired(reads, OURS, "DCP sync")
-        result[f"whole recovery from memory, {state}, against DCP full load"] = paired(reads, f"{OURS}: from memory", "DCP sync")
-    return result
-
-
-def lines(found: list[dict]) -> Iterator[str]:
-    state = [rank["state_bytes"] / 1e6 for rank in found]
-    plain = statistics.median(second for block in found[0]["iterations"][BASE]["whole"] for second in block)
-    yield f"state {min(state):.0f} to {max(state):.0f} MB a rank, iteration {plain:.3f} s, a save in every iteration"
-    yield f"{'':26} {'stall p50':>9} {'p99':>8} {'max':>8} {'slow-down':>9} {'MB/rank':>8} {'memory':>9}"
-    for name, row in summary(found).items():
-        yield (
-            f"{name:26} {row['stall_p50']:9.2%} {row['stall_p99']:8.2%} {row['stall_max']:8.2%} {row['slow_down']:9.1%}"
-            f" {row['bytes_per_rank'] / 1e6:8.1f} {row['memory'] / 1e6:6.0f} MB"
-        )
-    if "DeepSpeed engine" not in found[0]["iterations"]:
-        yield "DeepSpeed is not installed: it is left out."
-    size = statistics.mean(state) / 1e3
-    for title, groups in (("write", {"": found[0]["writes"]}), ("read", found[0]["reads"])):
-        for state_of, group in groups.items():
-            for name in group:
-                seconds = statistics.median(group[name])
-                yield f"{title:5} {state_of:5} {name:30} {seconds:8.3f} s" + ("" if "list" in name else f" {size / seconds:7.2f} GB/s")
-    for name, ratio in rates(found).items():
-        yield f"{name:58} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    for name, outcome in found[0]["outcomes"].items():
-        yield f"{name}: {outcome}"
 
 
 def versions() -> dict[str, str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
@@ -223,8 +224,12 @@ class DeepSpeed(PerRank):
         return self._engine.load(str(path))
 
 
+def dcp_writer(folder: Path) -> FileSystemWriter:
+    return FileSystemWriter(folder, thread_count=2)
+
+
 class Dcp:
-    """torch.distributed.checkpoint, saving while training waits."""
+    """torch.distributed.checkpoint, saving while training waits. It writes with two threads and plans once, which is its fastest here."""
 
     def __init__(self, name: str, folder: Path, live: Live) -> None:
         self.name, self.folder, self._live = name, folder, live
@@ -232,7 +237,8 @@ class Dcp:
 
     def save(self, step: int) -> None:
         self._newest = self.folder / f"step-{step}"
-        state_dict_saver.save(self._live.whole, storage_writer=FileSystemWriter(self._newest))
+        planner = DefaultSavePlanner(enable_plan_caching=True)
+        state_dict_saver.save(self._live.whole, storage_writer=dcp_writer(self._newest), planner=planner)
 
     def before_update(self) -> None: ...
 
@@ -270,7 +276,8 @@ class DcpAsync(Dcp):
         self._newest = self.folder / f"step-{step}"
         response = state_dict_saver.async_save(
             self._live.whole,
-            storage_writer=FileSystemWriter(self._newest),
+            storage_writer=dcp_writer(self._newest),
+            planner=DefaultSavePlanner(enable_plan_caching=True),
             process_group=self._group,
             async_checkpointer_type=AsyncCheckpointerType.PROCESS if self._by_process else AsyncCheckpointerType.THREAD,
             async_stager=self._stager,

@@ -8,7 +8,9 @@ import torch
 from zarr.errors import ContainsArrayError
 
 from moetrain.dist.world import World
-from tools.bench_checkpoint import BASE, Trainer, check_round_trip, paired, remove_copies, summary, train_block, write_raw, write_zarr
+from tools.bench_checkpoint import Trainer, check_round_trip, train_block
+from tools.checkpoint_figures import BASE, paired, summary
+from tools.checkpoint_rates import remove_copies, write_raw, write_zarr
 from tools.contenders import Live, Nothing, PerRank, Safetensors, Tensors
 
 
