@@ -27,7 +27,7 @@ class Want:
 
 
 def fill(manifest: Manifest, state: ModelState, sources: Sources) -> tuple[dict[str, str], Counter[str]]:
-    """Object name -> damage of what could not be read; the fragments of the others are filled. And the bytes read, by source."""
+    """Object name -> damage of what could not be read; the fragments of the others are filled. And the bytes from memory, by source."""
     wanted: dict[str, list[Want]] = defaultdict(list)
     for fragment in state:
         tensor = manifest.newest_weights(tensor_of(manifest, fragment))
@@ -39,18 +39,18 @@ def fill(manifest: Manifest, state: ModelState, sources: Sources) -> tuple[dict[
             else:
                 wanted[piece.object].append(Want(piece, tensor.dtype, fragment))
     damage: dict[str, str] = {}
-    bytes_read: Counter[str] = Counter()
+    from_memory: Counter[str] = Counter()
 
     def read(record: ObjectRecord) -> tuple[str, Counter[str]]:
         reader = sources.open(record)
-        return _read_object(reader, wanted[record.name]), reader.bytes_read
+        return _read_object(reader, wanted[record.name]), reader.bytes_from
 
     with ThreadPoolExecutor(READERS, "checkpoint-read") as pool:
         for name, (sentence, count) in zip(wanted, pool.map(read, [manifest.objects[name] for name in wanted]), strict=True):
-            bytes_read.update(count)
+            from_memory.update(count)
             if sentence:
                 damage[name] = sentence
-    return damage, bytes_read
+    return damage, from_memory
 
 
 def _read_object(reader: ObjectReader, wanted: list[Want]) -> str:

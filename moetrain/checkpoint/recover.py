@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,16 +20,15 @@ from moetrain.checkpoint.choose import (
     choose,
     glance,
     nothing_in_memory,
-    open_object,
     read_values,
 )
 from moetrain.checkpoint.fill import as_tensor, dtype_name, fill, tensor_of
-from moetrain.checkpoint.source import Memory, Sources
+from moetrain.checkpoint.source import DISK, Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
 from moetrain.model.state import ModelState
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, Tensor
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder, resolve
 
 Agree = Callable[[object], object]
@@ -177,8 +176,12 @@ def restore_together(
 
 def _read(choice: Choice, state: ModelState, world: int, io: Io, memory: Memory) -> list[dict]:
     describe(choice, state, world)
-    damage, bytes_read = fill(choice.manifest, state, Sources(CheckpointFolder(choice.folder, io), memory))
-    return [damage, dict(bytes_read)]
+    folder = CheckpointFolder(choice.folder, io)
+    before = folder.io.bytes_read
+    damage, read = fill(choice.manifest, state, Sources(folder, memory))
+    if from_disk := folder.io.bytes_read - before:
+        read[DISK] = from_disk
+    return [damage, dict(read)]
 
 
 def _merged(findings: list[object]) -> tuple[dict[str, str], dict[str, int]]:
@@ -222,31 +225,3 @@ def describe(choice: Choice, state: ModelState, world: int) -> LoadReport:
 def read_piece(reader: ArrayReader, piece: Piece, dtype: str) -> torch.Tensor:
     """A saved box as a tensor. Raises CheckpointError when it is damaged."""
     return as_tensor(read_values(reader, piece), piece, dtype)
-
-
-def whole_tensors(choice: Choice, component: str = "master", io: Io | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor) of every parameter, one at a time; the experts of a bank stacked as [E, ...]. For export and evaluation.
-
-    Weights are the newest there are, of the master's type.
-    """
-    io = io or Io()
-    by_name: dict[str, list[Tensor]] = defaultdict(list)
-    for tensor in choice.manifest.tensors.values():
-        if tensor.component == component:
-            by_name[tensor.name].append(tensor)
-    for name, tensors in by_name.items():
-        tensors.sort(key=lambda tensor: tensor.expert or 0)
-        whole = [_whole(choice, choice.manifest.newest_weights(tensor), io).to(getattr(torch, tensor.dtype)) for tensor in tensors]
-        yield name, whole[0] if tensors[0].expert is None else torch.stack(whole)
-
-
-def _whole(choice: Choice, tensor: Tensor, io: Io) -> torch.Tensor:
-    whole = torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype))
-    for piece in tensor.pieces:
-        if piece.value is not None:
-            whole.fill_(piece.value)
-            continue
-        reader = open_object(CheckpointFolder(choice.folder, io), choice.manifest.objects[piece.object])
-        where = tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.shape, strict=True))
-        whole[where] = read_piece(reader, piece, tensor.dtype)
-    return whole

@@ -120,7 +120,7 @@ class ObjectReader:
     """One object, from memory where it lies there, else from the store. Used by one thread."""
 
     def __init__(self, record: ObjectRecord, memory: MemoryReader | None, folder: CheckpointFolder) -> None:
-        self.bytes_read: Counter[str] = Counter()  # by source
+        self.bytes_from: Counter[str] = Counter()  # the memory of each node
         self._record, self._memory, self._folder = record, memory, folder
         self._disk: ArrayReader | None = None
 
@@ -132,7 +132,7 @@ class ObjectReader:
         if self._memory is not None:
             try:
                 values = self._memory.read(piece, out)
-                self.bytes_read[self._memory.source] += values.nbytes
+                self.bytes_from[self._memory.source] += values.nbytes
                 return values
             except CheckpointError:
                 if not self._record.metadata_crc:  # only memory knew it
@@ -141,9 +141,7 @@ class ObjectReader:
         if self._disk is None:
             self._folder.expect(self._record.name)
             self._disk = open_object(self._folder, self._record)
-        values = read_values(self._disk, piece, out)
-        self.bytes_read[DISK] += values.nbytes
-        return values
+        return read_values(self._disk, piece, out)
 
 
 class Sources:

@@ -1,6 +1,7 @@
 """How saving stands, for people: the newest figures of one rank. No torch."""
 
 from dataclasses import dataclass, field, replace
+from threading import Lock
 
 from moetrain.checkpoint.job import Reply
 from moetrain.checkpoint.turns import Figures
@@ -27,39 +28,46 @@ class Status:
 
 
 class Standing:
-    """The status of now. Replaced as a whole and without a lock, by the training thread (`started`, `restored`), the memory lane (`copied`)
-    and both lanes (`failed`, `ended`; `committed` by the persist lane only): whoever reads it never waits.
+    """The status of now. Replaced as a whole, by the training thread (`started`, `restored`), the memory lane (`copied`) and both lanes
+    (`failed`, `ended`; `committed` by the persist lane only): whoever reads it never waits.
     """
 
     def __init__(self) -> None:
         self.now = Status()
+        self._changing = Lock()
 
     def started(self, seq: int) -> None:
         """A save that goes to the store."""
-        self.now = replace(self.now, pending_seq=seq)
+        with self._changing:
+            self.now = replace(self.now, pending_seq=seq)
 
     def ended(self, seq: int) -> None:
         """Whatever became of it; a newer one may be pending."""
-        if self.now.pending_seq == seq:
-            self.now = replace(self.now, pending_seq=None)
+        with self._changing:
+            if self.now.pending_seq == seq:
+                self.now = replace(self.now, pending_seq=None)
 
     def copied(self, step: int) -> None:
-        self.now = replace(self.now, copied_step=step)
+        with self._changing:
+            self.now = replace(self.now, copied_step=step)
 
     def committed(self, seq: int, step: int, reply: Reply, figures: Figures) -> None:
-        self.now = replace(
-            self.now,
-            committed_seq=seq,
-            committed_step=step,
-            committed_bytes=reply.num_bytes,
-            committed_seconds=reply.seconds,
-            oldest_expert_steps=reply.oldest_expert_steps,
-            figures=figures,
-        )
+        with self._changing:
+            self.now = replace(
+                self.now,
+                committed_seq=seq,
+                committed_step=step,
+                committed_bytes=reply.num_bytes,
+                committed_seconds=reply.seconds,
+                oldest_expert_steps=reply.oldest_expert_steps,
+                figures=figures,
+            )
 
     def failed(self, reason: str) -> None:
-        self.now = replace(self.now, failures=self.now.failures + 1, last_failure=reason)
+        with self._changing:
+            self.now = replace(self.now, failures=self.now.failures + 1, last_failure=reason)
 
     def restored(self, seq: int, step: int, figures: Figures) -> None:
         """The recovery point of this folder that training goes on from."""
-        self.now = replace(self.now, committed_seq=seq, committed_step=step, figures=figures)
+        with self._changing:
+            self.now = replace(self.now, committed_seq=seq, committed_step=step, figures=figures)

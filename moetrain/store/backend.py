@@ -25,6 +25,11 @@ class Backend(Protocol):
         """How much is best read at once."""
         ...
 
+    @property
+    def bytes_read(self) -> int:
+        """Of contents, so far."""
+        ...
+
     def prepare(self, folders: Sequence[Path]) -> None:
         """Makes durable places to write into; existing ones are fine."""
         ...
@@ -106,6 +111,10 @@ class FolderBackend:
         self.read, self.read_into, self.expect, self.size, self.exists = io.read, io.read_into, io.expect, io.size, io.exists
         self.is_folder, self.list, self.remove, self.remove_tree = io.is_folder, io.list, io.unlink, io.remove_tree
         self.settle = io.fsync_folder
+
+    @property
+    def bytes_read(self) -> int:
+        return self.io.bytes_read
 
     def prepare(self, folders: Sequence[Path]) -> None:
         missing = {parent for folder in folders for parent in (folder, *folder.parents) if not self.io.exists(parent)}

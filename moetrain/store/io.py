@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 
 from moetrain.store.direct import DirectWriter
 
@@ -28,8 +29,10 @@ class Io:
     direct_bytes = 1 << 20  # from this size on a file is written past the page cache
 
     def __init__(self, hook: Hook = no_hook) -> None:
+        self.bytes_read = 0  # from the disk or its cache, so far
         self._hook = hook
         self._direct = DirectWriter()
+        self._counting = Lock()
 
     def mkdir(self, path: Path) -> None:
         """Makes the folder and its parents; an existing one is fine."""
@@ -105,7 +108,9 @@ class Io:
 
     def read(self, path: Path) -> bytes:
         self._hook("read", path)
-        return path.read_bytes()
+        found = path.read_bytes()
+        self._count(len(found))
+        return found
 
     def read_into(self, path: Path, offset: int, views: Sequence[memoryview]) -> int:
         """Fills the views, one after the other, from `offset`. Returns the number of bytes, fewer at the end of the file."""
@@ -118,7 +123,12 @@ class Io:
                 _advance(left, count)
         finally:
             os.close(descriptor)
+        self._count(total)
         return total
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self.bytes_read += num_bytes
 
     def expect(self, path: Path) -> None:
         """Lets the system begin to read a file that will be read soon; an absent one is fine."""

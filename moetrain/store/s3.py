@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from threading import Lock
 from typing import Self
 
 from moetrain.base.errors import CheckpointError, MissingExtraError
@@ -37,7 +38,9 @@ class S3Backend:
     block_bytes = 32 << 20  # a request costs as long as some megabytes
 
     def __init__(self, store: S3Store, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.bytes_read = 0
         self._store, self._sleep = store, sleep
+        self._counting = Lock()
 
     @classmethod
     def of_environment(cls, path: Path, timeout_seconds: float = 60.0) -> Self:
@@ -103,9 +106,11 @@ class S3Backend:
 
     def read(self, path: Path) -> bytes:
         try:
-            return bytes(obstore.get(self._store, _key(path)).bytes())
+            found = bytes(obstore.get(self._store, _key(path)).bytes())
         except FAILED as error:
             raise _os_error(error, path) from error
+        self._count(len(found))
+        return found
 
     def read_into(self, path: Path, offset: int, views: Sequence[memoryview]) -> int:
         length = sum(view.nbytes for view in views)
@@ -120,7 +125,12 @@ class S3Backend:
             part = data[position : position + view.nbytes]
             view.cast("B")[: len(part)] = part
             position += len(part)
+        self._count(len(data))
         return len(data)
+
+    def _count(self, num_bytes: int) -> None:
+        with self._counting:
+            self.bytes_read += num_bytes
 
     def expect(self, path: Path) -> None:
         """Nothing can be asked for ahead of time."""

@@ -51,6 +51,7 @@ def _save(folder: CheckpointFolder, fs: MemoryFs, version: int, keep: int, rando
     folder.put_receipt(job.save, 0, receipt.to_json())
     fs.mark(f"{BEGUN} {version}")
     commit(job, receipt, folder, SystemClock(), lambda: True)
+    folder.sweep(job.keep, job.save)
     fs.mark(f"{DONE} {version}")
     if random.random() < 0.2 and (pins := folder.pins()):
         folder.unpin(random.choice(list(pins)))

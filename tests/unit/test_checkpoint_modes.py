@@ -12,7 +12,6 @@ from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import parts_of, shown
 from moetrain.checkpoint.modes import MODES
 from moetrain.checkpoint.plan import Holding, Part, Writes, holdings_of, merged, my_parts, writes
-from moetrain.checkpoint.recover import whole_tensors
 from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.turns import Horizon, Turns, homes_of
 from moetrain.store.io import Io
@@ -99,20 +98,6 @@ def test_a_run_that_leaves_the_mode_keeps_the_fresh_weights(tmp_path):
             value = logical(key, "master", shape, 3 - age)
             exact = written_at(manifest)[bank, expert] == 3 - age
             assert torch.equal(found[key], value if exact else value.bfloat16().float())
-
-
-def test_exports_read_the_newest_weights(tmp_path):
-    job = Job(tmp_path, 2, 2, mode="weights16")
-    for version in (1, 2):
-        job.save(version)
-    choice = choose(tmp_path, Io())
-    assert choice is not None
-    want = restored(choice.manifest, "bfloat16")
-    found = dict(whole_tensors(choice))
-    for bank in BANKS:
-        for name in EXPERT:
-            rows = [want[f"{bank}.{name}:master:{expert}"] for expert in range(NUM_EXPERTS)]
-            assert torch.equal(found[f"{bank}.{name}"], torch.stack(rows))
 
 
 def test_an_expert_whose_bfloat16_copy_is_damaged_comes_from_an_older_recovery_point(tmp_path):

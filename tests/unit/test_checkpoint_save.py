@@ -7,9 +7,9 @@ from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.recover import agreed_choice, alone, restore, whole_tensors
+from moetrain.checkpoint.recover import agreed_choice, alone, restore
 from moetrain.model.state import Box, Fragment
-from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, experts_by_step, manifests, state_of
+from tests.unit.checkpoint_kit import BANKS, Job, LocalNode, assert_equal, expected, experts_by_step, manifests, state_of
 
 
 def test_first_save_is_full_and_comes_back_bit_for_bit(tmp_path):
@@ -123,17 +123,6 @@ def test_bfloat16_and_empty_arrays_round_trip(tmp_path):
         piece.data.zero_()
     one.load(state, "must")
     assert all(torch.equal(piece.data, old) for piece, old in zip(state, saved, strict=True))
-
-
-def test_whole_parameters_are_read_for_export(tmp_path):
-    Job(tmp_path, 4, 2, sharded=True).save(3)
-    choice = agreed_choice(tmp_path, "must")
-    assert choice is not None
-    found = dict(whole_tensors(choice))
-    assert torch.equal(found["embedding.weight"], expected(3)["embedding.weight:master"])
-    name = f"{BANKS[0]}.down_proj"
-    assert found[name].shape == (NUM_EXPERTS, 3, 2)
-    assert torch.equal(found[name][2], expected(3)[f"{name}:master:2"])
 
 
 def test_keep_limits_recovery_points_and_everything_they_need_stays(tmp_path):
