@@ -3,6 +3,7 @@
 B sequences, S tokens, T cached keys, G key/value heads, d head_dim, N = B*S.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +23,23 @@ class KeyValueCache(Protocol):
         ...
 
 
+class Timer(Protocol):
+    """Runs one computation of a block and may take its time, forward and backward. It must not change what is computed.
+
+    Blocks with routed experts run every main-stream computation through it as `<block's name>/<operator>` and the experts, once per token
+    chunk, as `<block's name>/experts`. The name of a block is that of its bank.
+    """
+
+    def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """`operator(*inputs)`."""
+        ...
+
+
+def untimed(name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """The timer that takes no time."""
+    return operator(*inputs)
+
+
 @dataclass
 class ForwardContext:
     """All optional; the default is plain causal attention over whole sequences."""
@@ -34,3 +52,4 @@ class ForwardContext:
     carried_load: dict[str, Tensor] = field(default_factory=dict)  # by bank: global loads of this step's earlier micro-batches
     dropless: bool = False  # no capacity: evaluation and generation must not depend on who shares the batch
     recompute: bool = False  # activation checkpointing of attention, MLP and experts; routing is always saved
+    timer: Timer = untimed
