@@ -118,9 +118,9 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
 
 def horizon(config: TrainConfig, total_steps: int) -> Horizon:
     """What the checkpoint policy must know of the whole run: its expert banks and what each of them will route."""
-    routing = config.model.routing
-    assignments = total_steps * config.train.global_batch_tokens * routing.top_k
-    return Horizon({bank: routing.num_experts for bank in config.model.banks()}, assignments)
+    routing, banks = config.model.routing, config.model.banks()
+    chosen = total_steps * config.train.global_batch_tokens * config.model.num_gatings() * routing.top_k
+    return Horizon(dict.fromkeys(banks, routing.num_experts), chosen // max(len(banks), 1))
 
 
 def content_of(corpora: list[Corpus], vocab_size: int) -> dict[str, str]:

@@ -25,14 +25,13 @@ IDENTITY = (
     "engine.dtype",
     "checkpoint.init_from",
 )
-SCHEDULING_ONLY = ("model.shortcut.slot",)  # when the experts run, not what they compute
 
 
 def identity(config: TrainConfig) -> dict[str, Plain]:
     """Dotted keys of the run's identity with their values, ready for JSON."""
     found: dict[str, Plain] = {}
     for key, value in flatten(config).items():
-        if any(key == root or key.startswith(root + ".") for root in IDENTITY) and key not in SCHEDULING_ONLY:
+        if any(key == root or key.startswith(root + ".") for root in IDENTITY):
             found[key] = value
     return found
 

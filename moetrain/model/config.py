@@ -5,13 +5,12 @@ from dataclasses import dataclass, field, is_dataclass
 from typing import TypeVar, get_type_hints
 
 from moetrain.base.errors import ConfigError, closest, one_of
+from moetrain.model.kinds import KINDS, Place
 from moetrain.routing.config import RoutingConfig
 
-BLOCKS = ("dense", "moe", "shared", "scmoe")
-BLOCK_LAYERS = {"dense": 1, "moe": 1, "shared": 1, "scmoe": 2}
 QK_NORMS = ("none", "full", "head")
 ROPE_SCALINGS = ("none", "linear", "llama3", "yarn")
-SHARED_GATES = ("add", "cg1")
+SHARED_GATES = {"add": 0, "cg1": 1, "cg2": 2}  # rows of the gate
 Config = TypeVar("Config")
 
 
@@ -45,10 +44,11 @@ class RopeConfig:
 
 @dataclass
 class ShortcutConfig:
-    """ScMoE, arXiv 2404.05019: which tensor feeds gate and experts, and when the experts run."""
+    """Pairs of ScMoE and DGMoE, arXiv 2404.05019: which tensor feeds gate and experts, and who shares experts."""
 
-    position: int = 2  # 1: output, 2: post-attention state, 3: input of the preceding block
-    slot: int = 0  # experts run before main-stream computation number `slot` (1..n+1); 0 = the default of the position
+    positions: list[int] = field(default_factory=lambda: [2])  # per pair (1: output, 2: post-attention, 3: input); the last goes on
+    distinct: bool = True  # dgmoe: a token's second choice leaves out the experts of its first
+    pairs_per_bank: int = 1  # dgmoe: consecutive pairs served by one MoE module (DGMoE-Share: 2)
 
 
 @dataclass
@@ -58,11 +58,12 @@ class ModelConfig:
     vocab_size: int = 4096  # embeddings; at least the tokens of the corpus
     hidden_size: int = 256  # width of the residual stream
     num_layers: int = 4  # attention layers
-    pattern: list[str] = field(default_factory=lambda: ["scmoe"])  # dense | moe | shared | scmoe (a pair: two layers)
+    pattern: list[str] = field(default_factory=lambda: ["scmoe"])  # dense | moe | shared | shortcut | scmoe, dgmoe (pairs: two layers)
     ffn_size: int = 704  # SwiGLU width of dense blocks
     expert_ffn_size: int = 704  # SwiGLU width of one routed expert
-    shared_ffn_size: int = 704  # SwiGLU width of the shared expert (blocks shared and scmoe)
-    shared_gate: str = "cg1"  # add | cg1: a sigmoid scalar per token on the shared expert (arXiv 2404.05019 section 3.2)
+    shared_ffn_size: int = 704  # SwiGLU width of one shared expert (blocks shared, shortcut, scmoe)
+    num_shared_experts: int = 1  # shared experts; together they are one SwiGLU of their summed width
+    shared_gate: str = "cg1"  # add | cg1: a sigmoid on the shared experts | cg2: a softmax over shared and routed (arXiv 2404.05019)
     max_position: int = 256  # longest context trained
     norm_eps: float = 1e-5  # added to the mean square in every RMSNorm
     tie_embeddings: bool = True  # the output projection is the embedding
@@ -80,28 +81,48 @@ class ModelConfig:
         return config
 
     def blocks(self) -> list[str]:
-        """The block list: `pattern` repeated to num_layers layers; `scmoe` takes two. ConfigError if it does not fit."""
+        """The block list: `pattern` repeated to num_layers layers; a pair takes two. ConfigError if it does not fit."""
         blocks: list[str] = []
         layers = 0
         while layers < self.num_layers:
             block = self.pattern[len(blocks) % len(self.pattern)]
             blocks.append(block)
-            layers += BLOCK_LAYERS[block]
+            layers += KINDS[block].layers
         if layers != self.num_layers:
-            rule = f"the pattern {self.pattern} cannot fill it exactly (scmoe takes two layers)"
+            rule = f"the pattern {self.pattern} cannot fill it exactly (a pair takes two layers)"
             raise ConfigError.of("model.num_layers", self.num_layers, rule, f"Use {layers} or {layers - 2}.")
         return blocks
 
+    def places(self) -> list[Place]:
+        """Every block with its first layer, its shortcut and its bank."""
+        blocks, positions = self.blocks(), self.shortcut.positions
+        pairs = [index for index, block in enumerate(blocks) if KINDS[block].is_pair]
+        sharing = [index for index, block in enumerate(blocks) if block == "dgmoe"]
+        places: list[Place] = []
+        for index, block in enumerate(blocks):
+            kind, owner = KINDS[block], index
+            if index in sharing:
+                number = sharing.index(index)
+                owner = sharing[number - number % self.shortcut.pairs_per_bank]
+            leave = 3 - positions[min(pairs.index(index), len(positions) - 1)] if kind.is_pair else kind.leave
+            layer = places[-1].layer + places[-1].kind.layers if places else 0
+            places.append(Place(index, kind, layer, leave, f"blocks.{owner}.moe.experts" if kind.gatings else None))
+        return places
+
     def banks(self) -> list[str]:
-        """Names of the expert banks, one per MoE block: `blocks.3.moe.experts`."""
-        return [f"blocks.{i}.moe.experts" for i, block in enumerate(self.blocks()) if block != "dense"]
+        """Names of the expert banks: `blocks.3.moe.experts`, by the first block that uses each."""
+        return [place.name for place in self.places() if place.owns_bank]
+
+    def num_gatings(self) -> int:
+        """How often a token chooses experts in a forward, `routing.top_k` each time."""
+        return sum(place.kind.gatings for place in self.places())
 
     def check(self, key: str = "model") -> None:
         """Raises ConfigError at the first broken rule."""
         if not self.pattern:
-            raise ConfigError.of(f"{key}.pattern", self.pattern, "it must name at least one block", f"Blocks: {', '.join(BLOCKS)}.")
+            raise ConfigError.of(f"{key}.pattern", self.pattern, "it must name at least one block", f"Blocks: {', '.join(KINDS)}.")
         for block in self.pattern:
-            one_of(f"{key}.pattern", block, BLOCKS)
+            one_of(f"{key}.pattern", block, KINDS)
         positive = {
             name: getattr(self, name)
             for name in (
@@ -111,6 +132,7 @@ class ModelConfig:
                 "ffn_size",
                 "expert_ffn_size",
                 "shared_ffn_size",
+                "num_shared_experts",
                 "max_position",
                 "norm_eps",
                 "init_std",
@@ -135,13 +157,25 @@ class ModelConfig:
         if rope.scaling in ("llama3", "yarn") and rope.original_max_position < 1:
             rule = f"rope.scaling={rope.scaling} needs the context length before scaling"
             raise ConfigError.of(f"{key}.rope.original_max_position", rope.original_max_position, rule)
-        if self.shortcut.position not in (1, 2, 3):
-            raise ConfigError.of(f"{key}.shortcut.position", self.shortcut.position, "it must be 1, 2 or 3 (arXiv 2404.05019 section 3.1)")
-        slots = self.shortcut.position + 2
-        if not 0 <= self.shortcut.slot <= slots:
-            rule = f"at position {self.shortcut.position} the experts have slots 1 to {slots}, or 0 for the default"
-            raise ConfigError.of(f"{key}.shortcut.slot", self.shortcut.slot, rule)
+        self._check_pairs(key)
         self.routing.check(f"{key}.routing")
+
+    def _check_pairs(self, key: str) -> None:
+        shortcut, blocks = self.shortcut, self.blocks()
+        num_pairs, num_double = sum(KINDS[block].is_pair for block in blocks), blocks.count("dgmoe")
+        if not shortcut.positions or any(position not in (1, 2, 3) for position in shortcut.positions):
+            rule = "it must name positions 1, 2 or 3 (arXiv 2404.05019 section 3.1)"
+            raise ConfigError.of(f"{key}.shortcut.positions", shortcut.positions, rule)
+        if len(shortcut.positions) > max(num_pairs, 1):
+            raise ConfigError.of(f"{key}.shortcut.positions", shortcut.positions, f"the model has {num_pairs} pairs")
+        if shortcut.pairs_per_bank < 1:
+            raise ConfigError.of(f"{key}.shortcut.pairs_per_bank", shortcut.pairs_per_bank, "it must be at least 1")
+        for name, value, usual in (("pairs_per_bank", shortcut.pairs_per_bank, 1), ("distinct", shortcut.distinct, True)):
+            if not num_double and value != usual:
+                raise ConfigError.of(f"{key}.shortcut.{name}", value, "the model has no dgmoe pair", f"Add dgmoe to {key}.pattern.")
+        if num_double and shortcut.distinct and 2 * self.routing.top_k > self.routing.num_experts:
+            rule = f"dgmoe chooses twice, and {self.routing.num_experts} experts cannot be different for both choices"
+            raise ConfigError.of(f"{key}.routing.top_k", self.routing.top_k, rule, f"Use {key}.shortcut.distinct=false.")
 
 
 def _filled(cls: type[Config], values: Mapping[str, object], key: str) -> Config:
@@ -158,10 +192,11 @@ def _value(hint: type, value: object, key: str) -> object:
         if not isinstance(value, Mapping):
             raise ConfigError.of(key, value, "it must be a group of keys")
         return _filled(hint, value, key)
-    if hint == list[str]:
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise ConfigError.of(key, value, "it must be a list of words")
-        return list(value)
+    for of_list, each, words in ((list[str], str, "a list of words"), (list[int], int, "a list of whole numbers")):
+        if hint == of_list:
+            if not isinstance(value, list) or not all(type(item) is each for item in value):
+                raise ConfigError.of(key, value, f"it must be {words}")
+            return list(value)
     if type(value) is int and hint in (float, float | None):
         return float(value)
     # bool is an int to isinstance: True is no number of layers.

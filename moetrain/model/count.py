@@ -15,7 +15,7 @@ class ParameterCount:
     expert: int  # the routed experts of all banks
     per_expert: int  # one routed expert
     num_banks: int
-    top_k: int
+    chosen: int  # experts that a token passes in a forward: top_k per gating
 
     @property
     def total(self) -> int:
@@ -24,7 +24,7 @@ class ParameterCount:
     @property
     def active(self) -> int:
         """What one token uses, embeddings included: the usual "active parameters"."""
-        return self.dense + self.num_banks * self.top_k * self.per_expert
+        return self.dense + self.chosen * self.per_expert
 
 
 def count_parameters(model: ModelConfig) -> ParameterCount:
@@ -35,16 +35,18 @@ def count_parameters(model: ModelConfig) -> ParameterCount:
         expert=sum(prod(shape) for name, shape in shapes.items() if is_expert(name)),
         per_expert=3 * model.hidden_size * model.expert_ffn_size,
         num_banks=len(model.banks()),
-        top_k=model.routing.top_k,
+        chosen=model.num_gatings() * model.routing.top_k,
     )
 
 
 def active_matmul_parameters(model: ModelConfig) -> int:
-    """Matrix values that multiply one token: projections, gates, top_k experts, the output projection; no norm, bias or look-up."""
+    """Matrix values that multiply one token: projections, gates, chosen experts, the output projection; no norm, bias or
+    look-up. A gate that is used twice multiplies twice."""
     count = count_parameters(model)
     lookups = () if model.tie_embeddings else ("embedding.weight",)
     matrices = [shape for name, shape in parameter_shapes(model).items() if len(shape) == 2 and name not in lookups]
-    return sum(prod(shape) for shape in matrices) + count.num_banks * count.top_k * count.per_expert
+    gates_again = (model.num_gatings() - count.num_banks) * model.routing.num_experts * model.hidden_size
+    return sum(prod(shape) for shape in matrices) + gates_again + count.chosen * count.per_expert
 
 
 def mean_keys(seq_len: int, sliding_window: int | None) -> float:

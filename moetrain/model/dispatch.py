@@ -4,6 +4,7 @@ A dispatcher owns no weights and is no Module; several tickets may be open at on
 e experts of this rank, L levels, D hidden size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,8 +25,8 @@ class Counts(Protocol):
 class Dispatcher(Protocol):
     """The five steps of an expert layer's communication, forward and (through autograd) backward."""
 
-    def announce(self, routing: Routing) -> Counts:
-        """Starts the exchange of counts."""
+    def announce(self, routings: Sequence[Routing]) -> Sequence[Counts]:
+        """Starts the exchange of counts: one for all token chunks of a gating."""
         ...
 
     def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
@@ -66,8 +67,8 @@ class LocalTicket:
 class LocalDispatcher:
     """All experts on this rank: a permutation and its inverse. The one-process twin of every other dispatcher."""
 
-    def announce(self, routing: Routing) -> Counts:
-        return LocalCounts(routing.count_EL.sum(1).cpu())
+    def announce(self, routings: Sequence[Routing]) -> Sequence[Counts]:
+        return [LocalCounts(routing.count_EL.sum(1).cpu()) for routing in routings]
 
     def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
         assert isinstance(counts, LocalCounts)

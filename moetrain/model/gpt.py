@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from moetrain.model.attention import AttentionInputs
-from moetrain.model.blocks import DenseBlock, MoEBlock, SharedBlock
+from moetrain.model.blocks import DenseBlock, RoutedBlock
 from moetrain.model.config import ModelConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import Dispatcher, LocalDispatcher
 from moetrain.model.moe import MoE
 from moetrain.model.norm import RMSNorm
-from moetrain.model.scmoe import ScMoEBlock
+from moetrain.routing.balance import merged
 from moetrain.routing.types import RoutingStats
-
-SHARED_NORM = {"moe": "none", "shared": "same_norm", "scmoe": "own_norm"}
 
 
 class GPTOutput(NamedTuple):
@@ -44,12 +42,15 @@ class GPT(nn.Module):
         everything = BankSite(tuple(range(config.routing.num_experts)), LocalDispatcher())
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList()
-        layer = 0
-        for index, block in enumerate(config.blocks()):
-            bank = f"blocks.{index}.moe.experts"
-            here = everything if site is None or block == "dense" else site(bank)
-            self.blocks.append(_block(block, config, layer, bank, here, experts_method))
-            layer += 2 if block == "scmoe" else 1
+        self.places, moe = config.places(), dict[str, MoE]()
+        for place in self.places:
+            if place.bank is None:
+                self.blocks.append(DenseBlock(config, place.layer))
+                continue
+            if place.owns_bank:
+                here = everything if site is None else site(place.bank)
+                moe[place.bank] = MoE(config, place.bank, here.experts, here.dispatcher, place.kind, experts_method)
+            self.blocks.append(RoutedBlock(config, place, moe[place.bank]))
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -57,21 +58,15 @@ class GPT(nn.Module):
     def forward(self, tokens_BS: Tensor, context: ForwardContext | None = None) -> GPTOutput:
         context = context or ForwardContext()
         inputs = AttentionInputs.of(self.config, context, (tokens_BS.shape[0], tokens_BS.shape[1]), tokens_BS.device)
-        h_BSD, stats = self.embedding(tokens_BS), list[RoutingStats]()
-        for block in self.blocks:
+        h_BSD = self.embedding(tokens_BS)
+        stats: dict[str, list[RoutingStats]] = {}
+        for place, block in zip(self.places, self.blocks, strict=True):
             h_BSD, of_block = block(h_BSD, inputs, context)
-            stats += of_block
+            if place.bank is not None:
+                stats.setdefault(place.bank, []).extend(of_block)
         h_BSD = self.final_norm(h_BSD)
         head = self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
-        return GPTOutput(nn.functional.linear(h_BSD, head), stats)
-
-
-def _block(block: str, config: ModelConfig, layer: int, bank: str, site: BankSite, method: str) -> nn.Module:
-    if block == "dense":
-        return DenseBlock(config, layer)
-    moe = MoE(config, bank, site.experts, site.dispatcher, SHARED_NORM[block], method)
-    kinds = {"moe": MoEBlock, "shared": SharedBlock, "scmoe": ScMoEBlock}
-    return kinds[block](config, layer, moe)
+        return GPTOutput(nn.functional.linear(h_BSD, head), [merged(of_bank) for of_bank in stats.values()])
 
 
 def meta_model(config: ModelConfig, site: Callable[[str], BankSite] | None = None, experts_method: str = "auto") -> GPT:

@@ -1,19 +1,31 @@
-"""The routed half of a block: gate, dispatch, experts, combine, and the shared expert beside them. B, S, D as everywhere; N = B*S."""
+"""The routed half of a block: gate, dispatch, experts, combine, and the shared experts beside them. B, S, D as everywhere; N = B*S."""
+
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from moetrain.model.config import ModelConfig
+from moetrain.model.config import SHARED_GATES, ModelConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import Dispatcher, Ticket
 from moetrain.model.experts import Experts
+from moetrain.model.kinds import Kind
 from moetrain.model.mlp import NormedSwiGLU, SwiGLU
 from moetrain.model.norm import RMSNorm
 from moetrain.model.recompute import run
 from moetrain.routing.scores import gate_scores
 from moetrain.routing.select import TopK
-from moetrain.routing.types import Routing, RoutingContext, RoutingStats
+from moetrain.routing.types import Routing, RoutingContext
+
+
+@dataclass
+class Trip:
+    """The rows of one gating, on their way to the experts and back: a ticket per token chunk."""
+
+    routing: Routing  # of all chunks
+    tickets: list[Ticket]
 
 
 class Router(nn.Module):
@@ -36,45 +48,63 @@ class Router(nn.Module):
 class MoE(nn.Module):
     """`start` sends rows to their experts, `compute` runs the experts, `finish` combines. What stands between them overlaps."""
 
-    def __init__(self, config: ModelConfig, bank: str, experts: tuple[int, ...], dispatcher: Dispatcher, shared: str, method: str) -> None:
-        """shared: "none" | "same_norm" (reads the gate's input) | "own_norm" (reads another stream, as in ScMoE)."""
+    def __init__(self, config: ModelConfig, bank: str, experts: tuple[int, ...], dispatcher: Dispatcher, kind: Kind, method: str) -> None:
         super().__init__()
         self.bank, self.dispatcher, self.policy, self.config = bank, dispatcher, TopK(config.routing), config.routing
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.router = Router(config)
         self.experts = Experts(bank, experts, config.hidden_size, config.expert_ffn_size, method)
         self.shared_gate: nn.Linear | None = None
-        if shared != "none":
-            sizes = config.hidden_size, config.shared_ffn_size
-            self.shared = NormedSwiGLU(*sizes, config.norm_eps) if shared == "own_norm" else SwiGLU(*sizes)
-            if config.shared_gate == "cg1":
-                self.shared_gate = nn.Linear(config.hidden_size, 1, bias=False)
+        if kind.has_shared:
+            sizes = config.hidden_size, config.num_shared_experts * config.shared_ffn_size
+            self.shared = SwiGLU(*sizes) if kind.shares_norm else NormedSwiGLU(*sizes, config.norm_eps)
+            if SHARED_GATES[config.shared_gate]:
+                self.shared_gate = nn.Linear(config.hidden_size, SHARED_GATES[config.shared_gate], bias=False)
 
-    def start(self, x_BSD: Tensor, context: ForwardContext) -> tuple[Ticket, RoutingStats]:
-        """Normed x_BSD routed and on its way."""
+    def start(self, x_BSD: Tensor, num_chunks: int, context: ForwardContext, taken: Routing | None = None) -> Trip:
+        """Normed x_BSD routed and on its way, in `num_chunks` runs of consecutive tokens. `taken`: experts that a token must not choose."""
         x_ND = x_BSD.flatten(0, 1)
-        routing = self.route(x_ND, (x_BSD.shape[0], x_BSD.shape[1]), context)
-        return self.dispatcher.send(x_ND, routing, self.dispatcher.announce(routing)), routing.stats
+        routing = self.route(x_ND, (x_BSD.shape[0], x_BSD.shape[1]), context, taken)
+        sizes = chunk_sizes(x_ND.shape[0], num_chunks)
+        parts = routing.split(sizes)
+        counts = self.dispatcher.announce(parts)
+        chunks_ND = x_ND.split(sizes) if num_chunks > 1 else [x_ND]
+        return Trip(routing, [self.dispatcher.send(*each) for each in zip(chunks_ND, parts, counts, strict=True)])
 
-    def route(self, x_ND: Tensor, shape_BS: tuple[int, int], context: ForwardContext) -> Routing:
+    def route(self, x_ND: Tensor, shape_BS: tuple[int, int], context: ForwardContext, taken: Routing | None = None) -> Routing:
         scores = gate_scores(self.router(x_ND), self.config, self.router.balance_bias)
         valid_N = None if context.valid_BS is None else context.valid_BS.flatten()
         carried_E = context.carried_load.get(self.bank)
-        return self.policy.plan(scores, RoutingContext(shape_BS, valid_N, context.exchange, context.dropless, carried_E))
+        return self.policy.plan(scores, RoutingContext(shape_BS, valid_N, context.exchange, context.dropless, carried_E, taken))
 
-    def compute(self, ticket: Ticket, context: ForwardContext) -> Ticket:
-        """Waits for the rows, runs the experts, sends the results back."""
-        rows_RD, count_e = self.dispatcher.receive(ticket)
-        return self.dispatcher.send_back(run(self.experts, rows_RD, count_e, recompute=context.recompute), ticket)
+    def compute(self, trip: Trip, chunk: int, name: str, context: ForwardContext) -> None:
+        """Waits for the rows of a chunk, runs the experts, sends the results back. `name`: of the block, for the timer."""
+        rows_RD, count_e = self.dispatcher.receive(trip.tickets[chunk])
+        experts = partial(run, self.experts, recompute=context.recompute)
+        rows_RD = context.timer(f"{name}/experts", experts, rows_RD, count_e)
+        trip.tickets[chunk] = self.dispatcher.send_back(rows_RD, trip.tickets[chunk])
 
-    def finish(self, ticket: Ticket, like_BSD: Tensor) -> Tensor:
+    def finish(self, trip: Trip, like_BSD: Tensor) -> Tensor:
         """Waits for the results; the routed update in the shape of `like_BSD`."""
-        return self.dispatcher.combine(ticket).view(like_BSD.shape).to(like_BSD.dtype)
+        chunks_ND = [self.dispatcher.combine(ticket) for ticket in trip.tickets]
+        y_ND = torch.cat(chunks_ND) if len(chunks_ND) > 1 else chunks_ND[0]
+        return y_ND.view(like_BSD.shape).to(like_BSD.dtype)
 
-    def shared_update(self, x_BSD: Tensor, context: ForwardContext) -> Tensor:
-        """The shared expert on x_BSD (before its own norm, if it has one), times its gate (CG-1 of arXiv 2404.05019) if there is one."""
-        update_BSD = run(self.shared, x_BSD, recompute=context.recompute)
+    def shared_update(self, x_BSD: Tensor, name: str, context: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        """The shared experts on x_BSD (before their own norm, if they have one), weighted by the gate, and the weight [B, S, 1] of the
+        routed experts (None: 1). Direct add, CG-1 and CG-2 of arXiv 2404.05019 section 3.2.
+        """
+        update_BSD = context.timer(f"{name}/shared", partial(run, self.shared, recompute=context.recompute), x_BSD)
         if self.shared_gate is None:
-            return update_BSD
-        gate_input = self.shared.norm(x_BSD) if isinstance(self.shared, NormedSwiGLU) else x_BSD
-        return torch.sigmoid(self.shared_gate(gate_input)) * update_BSD
+            return update_BSD, None
+        gate = self.shared_gate(self.shared.norm(x_BSD) if isinstance(self.shared, NormedSwiGLU) else x_BSD)
+        if gate.shape[-1] == 1:
+            return torch.sigmoid(gate) * update_BSD, None
+        shared_BS1, routed_BS1 = torch.softmax(gate, dim=-1).split(1, dim=-1)
+        return shared_BS1 * update_BSD, routed_BS1
+
+
+def chunk_sizes(num_tokens: int, num_chunks: int) -> list[int]:
+    """Sizes of consecutive runs that differ by one at most; zero where there are fewer tokens than chunks."""
+    ends = [num_tokens * (chunk + 1) // num_chunks for chunk in range(num_chunks)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]

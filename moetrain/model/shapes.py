@@ -3,7 +3,8 @@
 from collections.abc import Mapping
 
 from moetrain.base.errors import BundleError
-from moetrain.model.config import ModelConfig
+from moetrain.model.config import SHARED_GATES, ModelConfig
+from moetrain.model.kinds import Kind, Place
 
 Shape = tuple[int, ...]
 EXPERT_LEAVES = ("moe.experts.gate_up_proj", "moe.experts.down_proj")
@@ -12,9 +13,9 @@ EXPERT_LEAVES = ("moe.experts.gate_up_proj", "moe.experts.down_proj")
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Every parameter (and the balance bias) by name, whole: experts carry the leading axis E. In the order of the forward."""
     shapes: dict[str, Shape] = {"embedding.weight": (config.vocab_size, config.hidden_size)}
-    for index, block in enumerate(config.blocks()):
-        for name, shape in _block(config, block).items():
-            shapes[f"blocks.{index}.{name}"] = shape
+    for place in config.places():
+        for name, shape in _block(config, place).items():
+            shapes[f"blocks.{place.index}.{name}"] = shape
     shapes["final_norm.weight"] = (config.hidden_size,)
     if not config.tie_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
@@ -41,14 +42,12 @@ def is_expert(name: str) -> bool:
     return name.endswith(EXPERT_LEAVES)
 
 
-def _block(config: ModelConfig, block: str) -> dict[str, Shape]:
+def _block(config: ModelConfig, place: Place) -> dict[str, Shape]:
     """One block's parameters, without the leading `blocks.{i}.`."""
-    if block == "dense":
+    if place.bank is None:
         return _attention(config) | _mlp(config)
-    if block == "scmoe":
-        dense = {f"dense.{name}": shape for name, shape in (_attention(config) | _mlp(config)).items()}
-        return dense | _attention(config) | _moe(config, block)
-    return _attention(config) | _moe(config, block)
+    dense = {f"dense.{name}": shape for name, shape in (_attention(config) | _mlp(config)).items()} if place.kind.is_pair else {}
+    return dense | _attention(config) | (_moe(config, place.kind) if place.owns_bank else {})
 
 
 def _attention(config: ModelConfig) -> dict[str, Shape]:
@@ -70,19 +69,19 @@ def _mlp(config: ModelConfig) -> dict[str, Shape]:
     return {"mlp.norm.weight": (config.hidden_size,)} | _swiglu("mlp", config.hidden_size, config.ffn_size)
 
 
-def _moe(config: ModelConfig, block: str) -> dict[str, Shape]:
+def _moe(config: ModelConfig, kind: Kind) -> dict[str, Shape]:
     hidden, ffn, experts = config.hidden_size, config.expert_ffn_size, config.routing.num_experts
     shapes: dict[str, Shape] = {"moe.norm.weight": (hidden,), "moe.router.weight": (experts, hidden)}
     if config.routing.bias_update_rate > 0:
         shapes["moe.router.balance_bias"] = (experts,)
     shapes |= {"moe.experts.gate_up_proj": (experts, 2 * ffn, hidden), "moe.experts.down_proj": (experts, hidden, ffn)}
-    if block == "moe":
+    if not kind.has_shared:
         return shapes
-    shapes |= _swiglu("moe.shared", hidden, config.shared_ffn_size)
-    if block == "scmoe":
+    shapes |= _swiglu("moe.shared", hidden, config.num_shared_experts * config.shared_ffn_size)
+    if not kind.shares_norm:
         shapes["moe.shared.norm.weight"] = (hidden,)
-    if config.shared_gate == "cg1":
-        shapes["moe.shared_gate.weight"] = (1, hidden)
+    if SHARED_GATES[config.shared_gate]:
+        shapes["moe.shared_gate.weight"] = (SHARED_GATES[config.shared_gate], hidden)
     return shapes
 
 

@@ -10,6 +10,7 @@ from moetrain.model.attention import Attention
 from moetrain.model.experts import Experts
 from moetrain.model.gpt import GPT
 from moetrain.model.mlp import SwiGLU
+from moetrain.model.moe import MoE
 
 
 def apply_fsdp(model: GPT, mesh: Mesh) -> None:
@@ -22,12 +23,21 @@ def apply_fsdp(model: GPT, mesh: Mesh) -> None:
         for bank in banks:
             fully_shard(bank, mesh=mesh.edp.device_mesh)
     expert_parameters = {parameter for bank in banks for parameter in bank.parameters()}
+    for moe in served_twice(model):
+        for gate in (moe.norm, moe.router):  # of no one block: gathered whenever one of its pairs calls it
+            fully_shard(gate, mesh=mesh.dp.device_mesh)
     for block in model.blocks:
         fully_shard(block, mesh=mesh.dp.device_mesh, ignored_params=expert_parameters)
     fully_shard(model, mesh=mesh.dp.device_mesh, ignored_params=expert_parameters)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def served_twice(model: GPT) -> list[MoE]:
+    """MoE modules of more than one block (DGMoE-Share)."""
+    banks = [place.bank for place in model.places if place.bank is not None]
+    return [module for module in model.modules() if isinstance(module, MoE) and banks.count(module.bank) > 1]
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[FSDPModule]:

@@ -10,11 +10,13 @@ from math import ceil, prod
 from moetrain.base.errors import ConfigError, PlanError
 from moetrain.model.config import ModelConfig
 from moetrain.model.count import ParameterCount, count_parameters, training_flops_per_token
+from moetrain.model.kinds import KINDS
 from moetrain.model.shapes import is_expert, parameter_shapes
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.store.manifest import WEIGHT16
 
 VALUE_BYTES = {"float32": 4, "float64": 8}
+WIRE_BYTES = {"same": 8, "bfloat16": 2}  # at most, per value of a row under way
 STEP_BYTES = 8
 COMPONENTS = ("master", "m", "v", "step")  # as in model/state.py, which needs torch
 AUTO_MICRO_BATCH = 8
@@ -172,7 +174,9 @@ def make_plan(
         experts_per_rank=(num_experts // axes.ep, ceil(num_experts / axes.ep)),
         training_flops_per_token=training_flops_per_token(model, batch.seq_len),
         memory=memory(model, parallel, engine, axes, batch, low_precision),
-        all_to_all_bytes=all_to_all_bytes(model, axes, batch, VALUE_BYTES[engine.dtype], low_precision),
+        all_to_all_bytes=all_to_all_bytes(
+            model, axes, batch, min(VALUE_BYTES[engine.dtype], WIRE_BYTES[parallel.wire_dtype]), low_precision
+        ),
         checkpoint=checkpoint_size(model, VALUE_BYTES[engine.dtype], axes.world, saving),
         activation_dtype="bfloat16" if low_precision else engine.dtype,
         notes=notes,
@@ -193,7 +197,8 @@ def memory(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, a
         weights, gathered = held, 0
     compute = 2 if low_precision else value
     micro_tokens = batch.micro_batch_size * batch.seq_len
-    rows = micro_tokens * model.routing.top_k * kept_share(model) if count.num_banks and axes.ep > 1 else 0
+    open_at_once = max(KINDS[block].gatings for block in model.blocks()) if axes.ep > 1 else 0
+    rows = micro_tokens * open_at_once * model.routing.top_k * kept_share(model)
     return Memory(
         weights=weights * value,
         gradients=weights * value,
@@ -225,17 +230,13 @@ def activation_bytes_per_token(model: ModelConfig, stream: int, compute: int, re
         "attention": 3 * heads * compute + D * stream,  # q, k, v, rotated q and k, output of the heads; the normed input
         "mlp": 4 * model.ffn_size * compute + D * stream,  # gate and up, silu(gate), the product
         "experts": K * 4 * model.expert_ffn_size * compute,
-        "shared": 4 * model.shared_ffn_size * compute + D * stream,
+        "shared": 4 * model.num_shared_experts * model.shared_ffn_size * compute + D * stream,
     }
     routed = D * stream + 2 * model.routing.num_experts * 4 + K * D * (stream + compute)  # input, logits and scores, rows in and results
-    sublayers = {
-        "dense": ["attention", "mlp"],
-        "moe": ["attention", "experts"],
-        "shared": ["attention", "experts", "shared"],
-        "scmoe": ["attention", "mlp", "attention", "shared", "experts"],
-    }
-    used = [name for block in model.blocks() for name in sublayers[block]]
-    kept = len(used) * D * stream + len(model.banks()) * routed
+    inside["dense_attention"] = inside["attention"]
+    kinds = [KINDS[block] for block in model.blocks()]
+    used = [name for kind in kinds for name in kind.stream + kind.gatings * ("experts",)]
+    kept = len(used) * D * stream + model.num_gatings() * routed
     if recompute:
         return kept + max(inside[name] for name in used)
     return kept + sum(inside[name] for name in used)
@@ -247,11 +248,11 @@ def kept_share(model: ModelConfig) -> float:
 
 
 def all_to_all_bytes(model: ModelConfig, axes: Axes, batch: Batch, stream: int, low_precision: bool) -> int:
-    """Bytes one rank sends to others in a step: rows out (residual precision) and back (expert precision), and both gradients."""
+    """Bytes one rank sends to others in a step: rows out (`stream` bytes a value) and back (expert precision), and both gradients."""
     tokens = batch.micro_batch_size * batch.accumulation * batch.seq_len
-    rows = tokens * model.routing.top_k * kept_share(model) * (axes.ep - 1) / axes.ep
+    rows = tokens * model.num_gatings() * model.routing.top_k * kept_share(model) * (axes.ep - 1) / axes.ep
     back = 2 if low_precision else stream
-    return int(len(model.banks()) * rows * model.hidden_size * 2 * (stream + back))
+    return int(rows * model.hidden_size * 2 * (stream + back))
 
 
 def checkpoint_size(model: ModelConfig, value: int, world: int, saving: Saving) -> CheckpointSize:

@@ -15,6 +15,7 @@ class StepSums:
 
     def __init__(self, config: ModelConfig, world: World) -> None:
         self.world = world
+        self.num_gatings = config.num_gatings()
         self.carries = config.routing.auxiliary_loss_scope == "global_batch"
         self.load = torch.zeros(len(config.banks()), config.routing.num_experts, dtype=torch.int64, device=world.device)
         self.carried_load = torch.zeros_like(self.load)
@@ -39,7 +40,7 @@ class StepSums:
             self.z += of_layer.z.detach()
             self.dropped += of_layer.num_dropped
             self.load[layer] += of_layer.load_E
-        self.num_pairs += batch.tokens_BS.numel() * len(stats)
+        self.num_pairs += batch.tokens_BS.numel() * self.num_gatings
         if self.carries:
             self.carried_load = self.world.sum_(self.load.clone())
 

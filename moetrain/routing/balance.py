@@ -33,6 +33,15 @@ def routing_stats(scores: GateScores, expert_NK: Tensor, num_dropped: int, confi
     return RoutingStats(auxiliary, z, load_E, torch.tensor(num_dropped))
 
 
+def merged(stats: list[RoutingStats]) -> RoutingStats:
+    """Several gatings of one bank as one: loads and pairs are summed, losses averaged, so that a bank still counts 1 when balanced."""
+    if len(stats) == 1:
+        return stats[0]
+    auxiliary, z = (torch.stack(losses).mean() for losses in ([s.auxiliary for s in stats], [s.z for s in stats]))
+    load_E, num_dropped = (torch.stack(counts).sum(0) for counts in ([s.load_E for s in stats], [s.num_dropped for s in stats]))
+    return RoutingStats(auxiliary, z, load_E, num_dropped)
+
+
 def balance_sum(load_BE: Tensor, value_BE: Tensor) -> Tensor:
     """Balance loss of arXiv 2101.03961 eq. 4 (with k choices), summed over tokens: sum_b E * sum_e f_be * value_be.
 

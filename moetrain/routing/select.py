@@ -19,7 +19,7 @@ class TopK:
     def plan(self, scores: GateScores, context: RoutingContext) -> Routing:
         """Pure: the same inputs give the same routing on every rank."""
         config = self.config
-        expert_NK = torch.topk(scores.select_NE, config.top_k, dim=1).indices
+        expert_NK = torch.topk(_free(scores.select_NE, context.taken), config.top_k, dim=1).indices
         weight_NK = self._weights(scores.combine_NE.gather(1, expert_NK))
         token_P = torch.arange(expert_NK.shape[0], device=expert_NK.device).repeat_interleave(config.top_k)
         expert_P, weight_P = expert_NK.flatten(), weight_NK.flatten()
@@ -38,6 +38,13 @@ class TopK:
         if self.config.renormalize:
             combine_NK = combine_NK / combine_NK.sum(1, keepdim=True)
         return combine_NK * self.config.weight_scale
+
+
+def _free(select_NE: Tensor, taken: Routing | None) -> Tensor:
+    """Scores without the experts that a token has already: the next choice steps in (DGMoE of arXiv 2404.05019)."""
+    if taken is None:
+        return select_NE
+    return select_NE.index_put((taken.token_P, taken.expert_P), select_NE.new_tensor(-math.inf))
 
 
 def within_capacity(expert_P: Tensor, urgency_P: Tensor, capacity: int, num_experts: int) -> Tensor:

@@ -21,7 +21,7 @@ class GateScores(NamedTuple):
 
 
 class RoutingStats(NamedTuple):
-    """Sums over this micro-batch's valid tokens, of one layer. Divide by the number of valid tokens of the global batch."""
+    """Sums over this micro-batch's valid tokens, of one gating. Divide by the number of valid tokens of the global batch."""
 
     auxiliary: Tensor  # scalar, differentiable: sum over valid tokens of the balance loss of their scope
     z: Tensor  # scalar, differentiable: sum over valid tokens of logsumexp(logits)^2
@@ -42,6 +42,25 @@ class Routing(NamedTuple):
     count_EL: Tensor  # int64 [E, L], kept pairs per expert and level
     stats: RoutingStats
 
+    def split(self, sizes: list[int]) -> list["Routing"]:
+        """The routing of each run of `sizes[c]` consecutive tokens, numbered from 0 in each; together all N tokens.
+
+        Every part carries the stats of the whole. More than one run: waits for the device once.
+        """
+        if len(sizes) == 1:
+            return [self]
+        starts = [sum(sizes[:chunk]) for chunk in range(len(sizes))]
+        first = torch.searchsorted(self.token_P, torch.tensor(starts, device=self.token_P.device)).tolist()
+        cuts = list(zip(starts, first, [*first[1:], self.token_P.numel()], strict=True))
+        return [self._part(token, slice(begin, end)) for token, begin, end in cuts]
+
+    def _part(self, first_token: int, pairs: slice) -> "Routing":
+        expert_P = self.expert_P[pairs]
+        level_P = None if self.level_P is None else self.level_P[pairs]
+        num_experts, num_levels = self.count_EL.shape
+        count_EL = count_pairs(expert_P, num_experts, level_P, num_levels)
+        return Routing(self.token_P[pairs] - first_token, expert_P, level_P, self.weight_P[pairs], count_EL, self.stats)
+
 
 Exchange = Callable[[Tensor], Tensor]
 """Sum of a small tensor over the ranks that share a batch; the identity in one process."""
@@ -61,8 +80,10 @@ class RoutingContext:
     exchange: Exchange = alone
     dropless: bool = False  # ignore the capacity
     carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches (scope global_batch)
+    taken: Routing | None = None  # a choice made before for the same tokens: they must not take its experts again
 
 
-def count_pairs(expert_P: Tensor, num_experts: int) -> Tensor:
-    """int64 [E, 1]: pairs per expert, level 0."""
-    return torch.bincount(expert_P, minlength=num_experts).unsqueeze(1)
+def count_pairs(expert_P: Tensor, num_experts: int, level_P: Tensor | None = None, num_levels: int = 1) -> Tensor:
+    """int64 [E, L]: pairs per expert and level."""
+    cell_P = expert_P if level_P is None else expert_P * num_levels + level_P
+    return torch.bincount(cell_P, minlength=num_experts * num_levels).view(num_experts, num_levels)

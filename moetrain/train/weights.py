@@ -19,10 +19,10 @@ from moetrain.store.bundle import Bundle
 from moetrain.store.objects import place_of
 from moetrain.text.tokenizer import Tokenizer
 
-# What the loss asks for, how values begin, and when experts run: none of it changes what given weights compute.
+# What the loss asks for and how values begin: none of it changes what given weights compute.
 TRAINING_ONLY = (
     "init_std", "routing.auxiliary_loss_weight", "routing.auxiliary_loss_scope", "routing.z_loss_weight", "routing.bias_update_rate",
-    "routing.capacity_factor", "routing.drop_order", "shortcut.slot",
+    "routing.capacity_factor", "routing.drop_order",
 )  # fmt: skip
 
 

@@ -200,7 +200,6 @@ SAME_RUN = {
     "profile.start_step": 9,
     "engine.recompute": True,
     "engine.autocast": "off",
-    "model.shortcut.slot": 2,
     "run.stop_after": 4,
     "data.name": "other",
 }
@@ -217,7 +216,7 @@ OTHER_RUN = {
     "engine.dtype": "float64",
     "data.corpora.0.weight": 2,
     "checkpoint.init_from": "x",
-    "model.shortcut.position": 1,
+    "model.shortcut.positions": [1],
 }
 
 

@@ -38,8 +38,8 @@ def routing(**changes: object) -> ModelConfig:
     return replace(SMALL, routing=replace(SMALL.routing, **changes))
 
 
-def shortcut(position: int, slot: int = 0) -> ModelConfig:
-    return replace(SMALL, pattern=["scmoe"], shortcut=ShortcutConfig(position, slot))
+def shortcut(position: int) -> ModelConfig:
+    return replace(SMALL, pattern=["scmoe"], shortcut=ShortcutConfig([position]))
 
 
 CONFIGS = {
@@ -50,8 +50,12 @@ CONFIGS = {
     "scmoe 1": shortcut(1),
     "scmoe 2": shortcut(2),
     "scmoe 3": shortcut(3),
-    "scmoe 3, last slot": shortcut(3, 5),
-    "all blocks": replace(SMALL, pattern=["dense", "scmoe", "moe", "shared"], num_layers=5),
+    "scmoe, two positions": replace(SMALL, pattern=["scmoe"], num_layers=4, shortcut=ShortcutConfig([1, 3])),
+    "scmoe, two-way gate": replace(shortcut(2), shared_gate="cg2", num_shared_experts=2),
+    "shortcut": replace(SMALL, pattern=["shortcut"]),
+    "dgmoe": replace(SMALL, pattern=["dgmoe"]),
+    "dgmoe, shared bank": replace(SMALL, pattern=["dgmoe"], num_layers=4, shortcut=ShortcutConfig(pairs_per_bank=2)),
+    "all blocks": replace(SMALL, pattern=["dense", "scmoe", "moe", "shared", "shortcut"], num_layers=6),
     "multi-head": attention(num_kv_heads=4),
     "one key head": attention(num_kv_heads=1),
     "wide heads": attention(head_dim=12),

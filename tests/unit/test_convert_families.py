@@ -204,7 +204,8 @@ CHANGED: dict[str, object] = {
 }  # fmt: skip
 # No class reads these from a model that `choose` lets through: they belong to blocks it refuses, or only to training.
 WITHOUT_EFFECT = {
-    "shared_ffn_size", "shared_gate", "shortcut.position", "shortcut.slot", "routing.softmax_order", "routing.auxiliary_loss_scope",
+    "shared_ffn_size", "num_shared_experts", "shared_gate", "shortcut.positions", "shortcut.distinct", "shortcut.pairs_per_bank",
+    "routing.softmax_order", "routing.auxiliary_loss_scope",
     "routing.z_loss_weight", "routing.drop_order",
 }  # fmt: skip
 
@@ -243,7 +244,7 @@ def test_every_field_survives_the_export_or_is_refused_by_name(key: str, family:
     assert replace(back, **ignored) == replace(changed, **ignored)
 
 
-@pytest.mark.parametrize("block", ["scmoe", "shared"])
+@pytest.mark.parametrize("block", ["scmoe", "shared", "shortcut", "dgmoe"])
 def test_a_block_without_a_class_is_refused_with_the_way_out(block: str) -> None:
     with pytest.raises(BundleError, match=f"The block {block} has no Hugging Face class") as error:
         choose(replace(BASE["mixtral"], pattern=[block]))

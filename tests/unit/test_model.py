@@ -13,7 +13,7 @@ from moetrain.model.experts import Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
 from moetrain.model.mlp import NormedSwiGLU
-from moetrain.model.scmoe import ScMoEBlock
+from moetrain.model.blocks import RoutedBlock
 from moetrain.model.shapes import parameter_shapes
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.scores import gate_scores
@@ -76,7 +76,7 @@ def test_sparse_experts_equal_the_dense_loop_over_all_experts(top_k: int) -> Non
     config = RoutingConfig(num_experts=4, top_k=top_k)
     routing = TopK(config).plan(gate_scores(logits, config), RoutingContext((1, 9)))
     dispatcher = LocalDispatcher()
-    ticket = dispatcher.send(x, routing, dispatcher.announce(routing))
+    ticket = dispatcher.send(x, routing, *dispatcher.announce([routing]))
     got = dispatcher.combine(dispatcher.send_back(bank(*dispatcher.receive(ticket)), ticket))
     expected = torch.zeros_like(x)
     for token in range(9):
@@ -122,7 +122,7 @@ def test_shortcut_at_position_2_equals_the_equations_of_the_paper() -> None:
     config = tiny(num_layers=2)
     model = build(config)
     block = model.blocks[0]
-    assert isinstance(block, ScMoEBlock) and block.moe.shared_gate is not None and isinstance(block.moe.shared, NormedSwiGLU)
+    assert isinstance(block, RoutedBlock) and block.moe.shared_gate is not None and isinstance(block.moe.shared, NormedSwiGLU)
 
     ids = tokens()
     inputs = AttentionInputs.of(config, ForwardContext(), (3, 10), ids.device)
@@ -166,7 +166,7 @@ def test_recomputation_routes_and_sends_only_once() -> None:
 
     model = build(tiny("scmoe"))
     for block in model.blocks:
-        assert isinstance(block, ScMoEBlock)
+        assert isinstance(block, RoutedBlock)
         block.moe.dispatcher = Counting()
     gradients(model, model(tokens(), ForwardContext(recompute=True)))
     assert calls == ["send", "send_back"] * 2
