@@ -3,9 +3,9 @@
     python -m tools.bench_checkpoint --json benchmarks/checkpoint.json        (--small: a minute, at a size that says nothing)
 
 Before anything is timed, every contender saves, the state is overwritten, and what it loads must be equal to what was saved.
-Stall: time in the calls that start a save and wait for it, of every iteration. Slow-down: the whole iteration over one without checkpoints
-(copying, checksums and writers take their share of two cores); training without checkpoints stands there twice, as A/A.
-Rates: no training; from the call until everything is durable, beside a plain write+fsync and a plain read of as many bytes.
+Stall (`--parts training`): time in the calls that start a save and wait for it, of every iteration. Slow-down: the whole iteration over one
+without checkpoints (copying, checksums and writers take their share of two cores); training without checkpoints stands there twice, as A/A.
+Rates (`--parts rates`): no training; from the call until everything is durable, beside plain writes and reads of as many bytes.
 DeepSpeed is left out when it is not installed.
 """
 
@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -51,6 +51,7 @@ from tools.checkpoint_rates import recoveries, write_rates
 from tools.contenders import Contender, Dcp, DcpAsync, DeepSpeed, Live, Nothing, Ours, PerRank, Safetensors
 
 WORLD = 2
+PARTS = ("training", "rates")
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ def available_bytes() -> int:
 # one rank, all ranks
 
 
-def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
+def run_rank(rank: int, meeting: Path, folder: Path, size: Size, parts: Sequence[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     torch.set_num_threads(1)
@@ -254,30 +255,29 @@ def run_rank(rank: int, meeting: Path, folder: Path, size: Size) -> None:
         contenders = [maker() for maker in make.values()]
         for contender in contenders:
             check_round_trip(contender, trainer.live)
-        iterations = stalls(trainer, contenders, size)
-        files = {contender.name: sum(path.stat().st_size for path in contender.files()) for contender in contenders}
-        timed = [contender for contender in contenders if not isinstance(contender, DcpAsync | Nothing)]
-        writes = write_rates(trainer.live, timed, size.pairs, folder)
-        reads = {state: recoveries(trainer.live, timed, size.pairs, state == "cold") for state in ("cold", "warm")}
-        outcomes = {contender.name: contender.outcome() for contender in contenders if isinstance(contender, Ours)}
+        found: dict[str, object] = {"state_bytes": sum(tensor.nbytes for tensor in trainer.live.mine.values())}
+        if "training" in parts:
+            found["iterations"] = {name: asdict(one) for name, one in stalls(trainer, contenders, size).items()}
+            found["bytes"] = {contender.name: sum(path.stat().st_size for path in contender.files()) for contender in contenders}
+        if "rates" in parts:
+            timed = [contender for contender in contenders if not isinstance(contender, DcpAsync | Nothing)]
+            found["writes"] = write_rates(trainer.live, timed, size.pairs, folder)
+            found["reads"] = {state: recoveries(trainer.live, timed, size.pairs, state == "cold") for state in ("cold", "warm")}
+        found["outcomes"] = {contender.name: contender.outcome() for contender in contenders if isinstance(contender, Ours)}
         for contender in contenders:
             contender.close()
-        again = makers(folder / "memory", trainer.live)
-        memory = {name: memory_of(trainer, maker, size) for name, maker in again.items()}
-        found = {
-            "state_bytes": sum(tensor.numel() * tensor.element_size() for tensor in trainer.live.mine.values()),
-            "iterations": {name: asdict(one) for name, one in iterations.items()},
-            "bytes": files, "writes": writes, "reads": reads, "outcomes": outcomes, "memory": memory,
-        }  # fmt: skip
+        if "training" in parts:
+            again = makers(folder / "memory", trainer.live)
+            found["memory"] = {name: memory_of(trainer, maker, size) for name, maker in again.items()}
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
         world.barrier("the end")
 
 
-def run_ranks(folder: Path, size: Size) -> list[dict]:
+def run_ranks(folder: Path, size: Size, parts: Sequence[str]) -> list[dict]:
     """What every rank found. Raises RuntimeError when one of them failed."""
     context = multiprocessing.get_context("spawn")
     meeting = folder / f"meeting-{secrets.token_hex(4)}"
-    ranks = [context.Process(target=run_rank, args=(rank, meeting, folder, size)) for rank in range(WORLD)]
+    ranks = [context.Process(target=run_rank, args=(rank, meeting, folder, size, parts)) for rank in range(WORLD)]
     for process in ranks:
         process.start()
     waiting = {process.sentinel: process for process in ranks}
@@ -292,6 +292,10 @@ def run_ranks(folder: Path, size: Size) -> list[dict]:
     return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(WORLD)]
 
 
+def only(found: dict, *names: str) -> dict:
+    return {name: found[name] for name in ("state_bytes", "outcomes", *names)}
+
+
 def versions() -> dict[str, str]:
     names = ["torch", "numpy", "zarr", "safetensors", *(["deepspeed"] if find_spec("deepspeed") else [])]
     return {"python": platform.python_version(), "cores": str(os.cpu_count())} | {name: version(name) for name in names}
@@ -304,21 +308,26 @@ def main() -> int:
     parser.add_argument("--iterations", type=int, help=f"default {Size.iterations}")
     parser.add_argument("--pairs", type=int, help=f"default {Size.pairs}")
     parser.add_argument("--folder", type=Path, help="a disk to write to (default: the temporary folder)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--json", type=Path, help="the figures; parts that are not measured keep theirs")
     options = parser.parse_args()
     size = SMALL if options.small else Size()
     given = {name: value for name in ("rounds", "iterations", "pairs") if (value := vars(options)[name]) is not None}
     size = replace(size, **given)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = run_ranks(Path(folder), size)
+        found = run_ranks(Path(folder), size, options.parts)
     print("\n".join(lines(found)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        result = {
-            "command": ["python", "-m", "tools.bench_checkpoint", *sys.argv[1:]], "versions": versions(), "seed": SEED,
-            "size": asdict(size), "load_average": os.getloadavg(), "contenders": summary(found), "ratios": rates(found), "ranks": found,
-        }  # fmt: skip
-        options.json.write_text(json.dumps(result) + "\n")
+        report = json.loads(options.json.read_text()) if options.json.exists() else {}
+        command = ["python", "-m", "tools.bench_checkpoint", *sys.argv[1:]]
+        about = {"command": command, "versions": versions(), "seed": SEED, "size": asdict(size)}
+        if "training" in options.parts:
+            ranks = [only(rank, "iterations", "bytes", "memory") for rank in found]
+            report["training"] = about | {"contenders": summary(found), "ranks": ranks}
+        if "rates" in options.parts:
+            report["rates"] = about | {"ratios": rates(found), "ranks": [only(rank, "writes", "reads") for rank in found]}
+        options.json.write_text(json.dumps(report) + "\n")
     return 0
 
 

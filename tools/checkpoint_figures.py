@@ -78,9 +78,20 @@ def rates(found: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def lines(found: list[dict]) -> Iterator[str]:
+    """The table, of the parts that were measured."""
     state = [rank["state_bytes"] / 1e6 for rank in found]
+    yield f"state {min(state):.0f} to {max(state):.0f} MB a rank"
+    if "iterations" in found[0]:
+        yield from training_lines(found)
+    if "writes" in found[0]:
+        yield from rate_lines(found, statistics.mean(state) / 1e3)
+    for name, outcome in found[0]["outcomes"].items():
+        yield f"{name}: {outcome}"
+
+
+def training_lines(found: list[dict]) -> Iterator[str]:
     plain = statistics.median(second for block in found[0]["iterations"][BASE]["whole"] for second in block)
-    yield f"state {min(state):.0f} to {max(state):.0f} MB a rank, iteration {plain:.3f} s, a save in every iteration"
+    yield f"iteration {plain:.3f} s, a save in every iteration"
     yield f"{'':26} {'stall p50':>9} {'p99':>8} {'max':>8} {'slow-down':>9} {'95 %':>15} {'MB/rank':>8} {'memory':>9}"
     for name, row in summary(found).items():
         low, high = row["slow_down_interval"]
@@ -89,13 +100,14 @@ def lines(found: list[dict]) -> Iterator[str]:
         yield f"{name:26} {stall} {slow_down} {row['bytes_per_rank'] / 1e6:8.1f} {row['memory'] / 1e6:6.0f} MB"
     if "DeepSpeed engine" not in found[0]["iterations"]:
         yield "DeepSpeed is not installed: it is left out."
-    size = statistics.mean(state) / 1e3
+
+
+def rate_lines(found: list[dict], size: float) -> Iterator[str]:
+    """`size`: of the state of a rank, GB."""
     for title, groups in (("write", {"": found[0]["writes"]}), ("read", found[0]["reads"])):
         for state_of, group in groups.items():
             for name in group:
                 seconds = statistics.median(group[name])
                 yield f"{title:5} {state_of:5} {name:40} {seconds:8.3f} s" + ("" if name == LIST else f" {size / seconds:7.2f} GB/s")
     for name, ratio in rates(found).items():
-        yield f"{name:66} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"
-    for name, outcome in found[0]["outcomes"].items():
-        yield f"{name}: {outcome}"
+        yield f"{name:72} {ratio['median']:6.2f}   ({ratio['low']:.2f} to {ratio['high']:.2f})"

@@ -133,7 +133,7 @@ def recoveries(live: Live, contenders: list[Contender], pairs: int, cold: bool) 
     copies = {name: tensor.clone() for name, tensor in live.whole.items()}
     found: dict[str, list[float]] = {name: [] for name in readers}
     everything = [path for contender in contenders if contender.folder.exists() for path in contender.folder.rglob("*") if path.is_file()]
-    for number in range(max(1, pairs // 2) + 1):
+    for number in range(pairs + 1):
         for name, read in readers.items():
             if cold and live.world.is_main:
                 forget(everything)

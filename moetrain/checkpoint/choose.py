@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,6 +17,8 @@ from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
+
+READERS = 4  # threads: reading and checking let other threads run
 
 PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
@@ -67,7 +70,7 @@ def glance(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) 
 
 
 def remembered(look: Look) -> Look:
-    """Looks once at an object that many recovery points share."""
+    """Looks once at an object that many recovery points share. Two threads may look at the same one, and find the same."""
     known: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def recall(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
@@ -85,8 +88,13 @@ def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str,
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
             members[piece.object].append(piece)
-    damage = {name: look(folder, record, sorted(members[name], key=lambda piece: piece.start)) for name, record in manifest.objects.items()}
-    return {name: sentence for name, sentence in damage.items() if sentence}
+
+    def look_at(record: ObjectRecord) -> str:
+        return look(folder, record, sorted(members[record.name], key=lambda piece: piece.start))
+
+    with ThreadPoolExecutor(READERS, "checkpoint-look") as pool:
+        damage = zip(manifest.objects, pool.map(look_at, manifest.objects.values()), strict=True)
+        return {name: sentence for name, sentence in damage if sentence}
 
 
 def nothing_in_memory(history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:

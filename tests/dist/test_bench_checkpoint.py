@@ -37,13 +37,14 @@ def test_every_contender_is_measured_on_two_ranks(tmp_path: Path):
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=230, check=False)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "out.json").read_text())
+    report = json.loads((tmp_path / "out.json").read_text())
+    found, rates = report["training"], report["rates"]
     for name in CONTENDERS:
         assert name in done.stdout
         assert len(found["ranks"][0]["iterations"][name]["whole"][0]) == found["size"]["iterations"]
     rows = found["contenders"]
     assert rows["no checkpoints"]["stall_max"] < min(rows[name]["stall_p50"] for name in CONTENDERS[1:])
     assert 0 < rows["ours, experts"]["bytes_per_rank"] < rows["ours, full"]["bytes_per_rank"]
-    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in found["ratios"].values())
+    assert all(ratio["low"] <= ratio["median"] <= ratio["high"] for ratio in rates["ratios"].values())
     assert all("saves committed." in found["ranks"][0]["outcomes"][name] for name in ("ours, full", "ours, experts"))
     assert {"torch", "zarr", "safetensors"} <= found["versions"].keys()
