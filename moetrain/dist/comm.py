@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.dist.mesh import Axis
+from moetrain.dist.transport import Work, bytes_to_others
 
 
 @dataclass
@@ -24,24 +24,31 @@ class Flight:
     axis: Axis
     sent: Tensor
     received: Tensor
-    work: dist.Work
+    dtype: torch.dtype  # of the rows at both ends; on the wire they may be smaller
+    work: Work
 
     def land(self) -> Tensor:
-        """Waits (on a GPU: makes the current stream wait) and returns the filled receive buffer."""
-        with self.axis.world.watch.operation(self.name):
+        """Waits (on a GPU: makes the current stream wait) and returns the received rows."""
+        watch = self.axis.world.watch
+        started = watch.clock.monotonic()
+        with watch.operation(self.name):
             self.work.wait()
-        return self.received
+        self.axis.link.of(self.name).waited_seconds += watch.clock.monotonic() - started
+        return self.received.to(self.dtype)
 
 
 def launch(name: str, rows: Tensor, send_sizes: list[int], receive_sizes: list[int], axis: Axis) -> Flight:
-    """The transport, the only place that calls a collective: `send_sizes[r]` rows to rank r of the axis, in rank order. Returns at once."""
-    sent = rows.contiguous()
+    """The only caller of a transport: `send_sizes[r]` rows to rank r of the axis, in rank order. Returns at once."""
+    link = axis.link
+    sent = link.on_wire(rows)
     received = sent.new_empty(sum(receive_sizes), *sent.shape[1:])
+    traffic = link.of(name)
+    traffic.times += 1
+    traffic.sent_bytes += bytes_to_others(sent, send_sizes, axis)
     with axis.world.watch.operation(name):
-        work = dist.all_to_all_single(received, sent, receive_sizes, send_sizes, group=axis.group, async_op=True)
-    assert work is not None
+        work = link.transport.launch(name, sent, received, send_sizes, receive_sizes, axis)
     axis.world.watch.track(name, work)
-    return Flight(name, axis, sent, received, work)
+    return Flight(name, axis, sent, received, rows.dtype, work)
 
 
 class Exchange:
@@ -57,13 +64,13 @@ class Exchange:
         self.receive_sizes = receive_sizes
         self.forward: Flight | None = None
         self.backward: Flight | None = None
-        self._buffer: Tensor | None = rows if axis.size == 1 else cast(Tensor, _Start.apply(rows, self))
+        self._placeholder: Tensor | None = rows if axis.size == 1 else cast(Tensor, _Start.apply(rows, self))
 
     def wait(self) -> Tensor:
         """[R, ...]: rows by source rank. Differentiable; its gradient must reach every rank of the axis or none."""
-        assert self._buffer is not None, f"{self.name} was already waited for"
-        buffer, self._buffer = self._buffer, None  # the buffer has exactly one consumer, so autograd never adds into it
-        return buffer if self.axis.size == 1 else cast(Tensor, _Wait.apply(buffer, self))
+        assert self._placeholder is not None, f"{self.name} was already waited for"
+        placeholder, self._placeholder = self._placeholder, None  # it has exactly one consumer, so autograd never adds into it
+        return placeholder if self.axis.size == 1 else cast(Tensor, _Wait.apply(placeholder, self))
 
 
 class _Start(torch.autograd.Function):
@@ -71,7 +78,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: FunctionCtx, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange  # type: ignore[attr-defined]
         exchange.forward = launch(exchange.name, rows, exchange.send_sizes, exchange.receive_sizes, exchange.axis)
-        return exchange.forward.received
+        return rows.new_empty(1).expand(exchange.forward.received.shape)  # a placeholder of one element; Wait returns what came
 
     @staticmethod
     @once_differentiable
@@ -84,12 +91,11 @@ class _Start(torch.autograd.Function):
 
 class _Wait(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, buffer: Tensor, exchange: Exchange) -> Tensor:
+    def forward(ctx: FunctionCtx, placeholder: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange  # type: ignore[attr-defined]
         assert exchange.forward is not None
         flight, exchange.forward = exchange.forward, None
-        flight.land()
-        return buffer.view_as(buffer)
+        return flight.land()
 
     @staticmethod
     @once_differentiable
@@ -97,7 +103,7 @@ class _Wait(torch.autograd.Function):
         exchange: Exchange = ctx.exchange  # type: ignore[attr-defined]
         name = f"gradient of {exchange.name}"
         exchange.backward = launch(name, grad, exchange.receive_sizes, exchange.send_sizes, exchange.axis)
-        return exchange.backward.sent, None  # a placeholder of the right shape; Start's backward returns what came
+        return grad, None  # a placeholder of the right shape; Start's backward returns what came
 
 
 class CountExchange:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from moetrain.base.errors import PlanError
+from moetrain.dist.transport import Link, default_transport
 from moetrain.dist.world import World
 
 
@@ -40,6 +41,11 @@ class Axis:
         return self.world.sum_(tensor, self.group, f"sum over {self.name}")
 
     @cached_property
+    def link(self) -> Link:
+        """How the exchanges of this axis travel; its settings may be changed between steps."""
+        return Link(default_transport(self.world.backend))
+
+    @cached_property
     def device_mesh(self) -> DeviceMesh | None:
         """The axis as FSDP2 wants it; None where there is nothing to shard over."""
         if self.group is None:
@@ -64,12 +70,5 @@ class Mesh:
 
 
 def _axis(name: str, parts: list[tuple[int, ...]], world: World) -> Axis:
-    """Every rank makes the groups of every part, in the same order, with the world's time-out (torch would give them 30 minutes)."""
     mine = next(part for part in parts if world.rank in part)
-    group = None
-    if len(mine) > 1:
-        with world.watch.operation(f"making the {name} groups"):
-            groups = [dist.new_group(list(part), timeout=world.timeout) for part in parts]
-        group = groups[parts.index(mine)]
-        assert isinstance(group, dist.ProcessGroup)
-    return Axis(name, mine, mine.index(world.rank), group, world)
+    return Axis(name, mine, mine.index(world.rank), world.new_group(name, parts), world)

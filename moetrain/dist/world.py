@@ -5,6 +5,7 @@ One process needs no process group and calls no collective; gloo on CPUs; nccl f
 
 import json
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import FileStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import FileStore, PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain.base.errors import TrainingError
 from moetrain.base.log import logger
@@ -36,6 +37,7 @@ class World:
         self.device = device
         self.backend = backend  # single | gloo | nccl
         self.watch = Watch(rank, timeout_seconds)
+        self.group: dist.ProcessGroup | None = None  # of all ranks; None: the default group of torch
         self._store: Store | None = None
         self._heartbeat: Heartbeat | None = None
 
@@ -121,11 +123,32 @@ class World:
             return DictBoard()
         return StoreBoard(self._store.clone())  # pyright: ignore[reportAttributeAccessIssue]
 
+    def new_group(self, name: str, parts: Sequence[tuple[int, ...]]) -> dist.ProcessGroup | None:
+        """This rank's group of `parts`, which together are the world; None where the rank is alone in its part.
+
+        Every rank makes the groups of every part, in the same order, with the world's time-out (torch would give them 30 minutes).
+        """
+        mine = next(number for number, part in enumerate(parts) if self.rank in part)
+        if len(parts[mine]) == 1:
+            return None
+        with self.watch.operation(f"making the {name} groups"):
+            group = [dist.new_group(list(part), timeout=self.timeout, group_desc=name) for part in parts][mine]
+        assert isinstance(group, dist.ProcessGroup)
+        return group
+
+    def notes(self, name: str) -> Store:
+        """Keys and values that ranks of this start leave for each other without a collective. Reading waits, with the world's time-out.
+
+        For the main thread, and for more than one rank.
+        """
+        assert self._store is not None
+        return PrefixStore(name, self._store)
+
     def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks") -> Tensor:
         """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor."""
         if self.size > 1:
             with self.watch.operation(name):
-                work = dist.all_reduce(tensor, group=group, async_op=True)
+                work = dist.all_reduce(tensor, group=group or self.group, async_op=True)
                 assert work is not None
                 self.watch.track(name, work)
                 work.wait()
@@ -144,7 +167,7 @@ class World:
             buffer.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         if self.size > 1:
             with self.watch.operation(name):
-                dist.broadcast(buffer, src=0)
+                dist.broadcast(buffer, src=0, group=self.group)
         return json.loads(buffer.numpy().tobytes())
 
     def gather(self, value: T, name: str = "gathering a value of every rank") -> list[T]:

@@ -4,6 +4,7 @@ N tokens, P pairs of this rank, R received rows, E experts, e experts of this ra
 rank, slot by slot; within an expert by token. The result does not depend on the placement.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,11 +19,33 @@ from moetrain.routing.types import Routing
 
 
 @dataclass
-class AnnouncedCounts:
-    """Counts on their way: mine in wire order, and the exchange that brings the others'."""
+class Announcement:
+    """Counts of all chunks on their way: mine in wire order, and the exchange that brings the others'."""
 
-    sent_E: Tensor
+    sent_EC: Tensor
     exchange: CountExchange
+    _landed: tuple[Tensor, Tensor, Tensor] | None = field(default=None, init=False)
+
+    def land(self) -> tuple[Tensor, Tensor, Tensor]:
+        """received_WC (W: experts of this rank, source rank by source rank), and both counts on the host. Waits the first time only."""
+        if self._landed is None:
+            received_WC = self.exchange.wait()
+            on_host = torch.cat([self.sent_EC, received_WC]).cpu()  # the one wait for the device
+            self._landed = received_WC, on_host[: len(self.sent_EC)], on_host[len(self.sent_EC) :]
+        return self._landed
+
+
+@dataclass
+class AnnouncedCounts:
+    """One chunk's column of an announcement."""
+
+    announcement: Announcement
+    chunk: int
+
+    def land(self) -> tuple[Tensor, Tensor, Tensor]:
+        """received_W on the device; sent_E and received_W on the host."""
+        received_WC, sent_EC, on_host_WC = self.announcement.land()
+        return received_WC[:, self.chunk], sent_EC[:, self.chunk], on_host_WC[:, self.chunk]
 
 
 @dataclass
@@ -56,23 +79,24 @@ class AllToAllDispatcher:
         self._wire_E = _inverse(self._order_E)  # position of every expert in wire order
         self._slots = torch.arange(self._num_local, device=device).repeat(axis.size)
 
-    def announce(self, routing: Routing) -> AnnouncedCounts:
-        """Starts the exchange of counts; returns at once."""
-        sent_E = routing.count_EL.sum(1)[self._order_E]
-        return AnnouncedCounts(sent_E, CountExchange("expert counts", sent_E, self._sizes, [self._num_local] * self._axis.size, self._axis))
+    def announce(self, routings: Sequence[Routing]) -> Sequence[AnnouncedCounts]:
+        """Starts the exchange of counts, one for all chunks; returns at once."""
+        sent_EC = torch.stack([routing.count_EL.sum(1) for routing in routings], 1)[self._order_E]
+        receive_sizes = [self._num_local] * self._axis.size
+        announcement = Announcement(sent_EC, CountExchange("expert counts", sent_EC, self._sizes, receive_sizes, self._axis))
+        return [AnnouncedCounts(announcement, chunk) for chunk in range(len(routings))]
 
     def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> AllToAllTicket:
-        """Waits for counts, starts the rows and returns. x_ND must not change until `receive`."""
+        """Sorts the rows, waits for counts, starts the rows and returns. x_ND must not change until `receive`."""
         assert isinstance(counts, AnnouncedCounts)
         order_P = torch.argsort(self._wire_E[routing.expert_P], stable=True)
-        received = counts.exchange.wait()
-        on_host = torch.cat([counts.sent_E, received]).cpu()  # the one wait for the device
-        send_sizes = [int(part.sum()) for part in on_host[: self._wire_E.numel()].split(self._sizes)]
-        count_re = on_host[self._wire_E.numel() :].view(self._axis.size, self._num_local)
+        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P)  # before the counts are waited for
+        received_W, sent_E, on_host_W = counts.land()
+        send_sizes = [int(part.sum()) for part in sent_E.split(self._sizes)]
+        count_re = on_host_W.view(self._axis.size, self._num_local)
         receive_sizes = count_re.sum(1).tolist()
-        slot_R = torch.argsort(self._slots.repeat_interleave(received, output_size=sum(receive_sizes)), stable=True)
-        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P)
         exchange = Exchange("rows to experts", rows_PD, send_sizes, receive_sizes, self._axis)
+        slot_R = torch.argsort(self._slots.repeat_interleave(received_W, output_size=sum(receive_sizes)), stable=True)
         return AllToAllTicket(routing, x_ND.shape[0], order_P, send_sizes, receive_sizes, count_re.sum(0), slot_R, exchange)
 
     def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Whether matmuls run in bfloat16: where the hardware has units for it, decided by a probe, the same on all ranks."""
+"""Whether matmuls run in bfloat16: where the hardware has units for it, decided by a probe, the same on all ranks; and rows on the wire."""
 
 import time
 
@@ -6,6 +6,8 @@ import torch
 
 from moetrain.dist.world import World
 from moetrain.parallel.config import EngineConfig
+
+WIRE_DTYPES: dict[str, torch.dtype | None] = {"same": None, "bfloat16": torch.bfloat16}  # parallel.wire_dtype as Link.wire_dtype
 
 
 def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:

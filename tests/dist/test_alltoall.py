@@ -38,7 +38,7 @@ def make_routing(expert_NK: Tensor, weight_NK: Tensor, kept_NK: Tensor, num_expe
 
 def run_layer(dispatcher: Any, mine: tuple[int, ...], weights_EDD: Tensor, x_ND: Tensor, routings: list[Routing]) -> list[Tensor]:
     """One layer per routing over the same tokens, all sent before the first is received."""
-    tickets = [dispatcher.send(x_ND, routing, counts) for routing, counts in [(r, dispatcher.announce(r)) for r in routings]]
+    tickets = [dispatcher.send(x_ND, routing, counts) for routing, counts in zip(routings, dispatcher.announce(routings), strict=True)]
     main = torch.cos(x_ND)
     outputs = []
     for ticket in tickets:
@@ -126,11 +126,11 @@ def compare_bits(axis: Axis) -> None:
     results = []
     for dispatcher in (AllToAllDispatcher(axis, placement), AllToAllDispatcher(axis, Placement.balanced(4 * axis.size, axis.size))):
         routing = make_routing(expert_NK, weight_NK, torch.ones(13, 4, dtype=torch.bool), 4 * axis.size)
-        ticket = dispatcher.send(x_ND, routing, dispatcher.announce(routing))
+        ticket = dispatcher.send(x_ND, routing, dispatcher.announce([routing])[0])
         y_ND = dispatcher.combine(dispatcher.send_back(dispatcher.receive(ticket)[0] * 2, ticket))
         results.append((y_ND, *torch.autograd.grad(y_ND.square().sum(), (x_ND, weight_NK))))
     local = LocalDispatcher()
-    ticket = local.send(x_ND, routing, local.announce(routing))
+    ticket = local.send(x_ND, routing, local.announce([routing])[0])
     assert torch.equal(results[0][0], local.combine(local.send_back(local.receive(ticket)[0] * 2, ticket)))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -146,14 +146,14 @@ def frozen_and_evaluated(axis: Axis) -> None:
     for frozen in (True, False):
         x = x_ND.clone().requires_grad_(not frozen)
         routing = make_routing(expert_NK, weight_NK, torch.ones(3, 1, dtype=torch.bool), 8)
-        ticket = dispatcher.send(x, routing, dispatcher.announce(routing))
+        ticket = dispatcher.send(x, routing, dispatcher.announce([routing])[0])
         rows_RD, count_e = dispatcher.receive(ticket)
         rows_RD = rows_RD * scale if int(count_e.sum()) else rows_RD.new_empty(0, D)
         dispatcher.combine(dispatcher.send_back(rows_RD, ticket)).sum().backward()
         assert frozen or torch.equal(x.grad, torch.full_like(x_ND, 2.0))  # type: ignore[arg-type]
     with torch.no_grad():
         routing = make_routing(expert_NK, weight_NK, torch.ones(3, 1, dtype=torch.bool), 8)
-        ticket = dispatcher.send(x_ND, routing, dispatcher.announce(routing))
+        ticket = dispatcher.send(x_ND, routing, dispatcher.announce([routing])[0])
         assert not dispatcher.combine(dispatcher.send_back(dispatcher.receive(ticket)[0], ticket)).requires_grad
 
 
