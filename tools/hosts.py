@@ -82,6 +82,11 @@ class Host:
         """Plugs its cable in or out."""
         subprocess.run(["ip", "-n", self.namespace, "link", "set", self.interface, "up" if up else "down"], check=True)
 
+    def limit(self, rate: str) -> None:
+        """What it sends leaves at this rate at most (such as `100mbit`) from now on. The queue holds a message: nothing is lost."""
+        shape = ["root", "tbf", "rate", rate, "burst", "256kb", "limit", "16mb"]
+        run("ip", "netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", self.interface, *shape)
+
 
 @contextlib.contextmanager
 def two_hosts(folder: Path, rate: str = "") -> Iterator[tuple[Host, Host]]:
@@ -96,9 +101,10 @@ def two_hosts(folder: Path, rate: str = "") -> Iterator[tuple[Host, Host]]:
             run("ip", "link", "set", host.interface, "netns", host.namespace)
             run("ip", "-n", host.namespace, "addr", "add", f"{host.address}/24", "dev", host.interface)
             run("ip", "-n", host.namespace, "link", "set", host.interface, "up")
+            network = [f"{SUBNET}.0/24", "dev", host.interface, "src", host.address]
+            run("ip", "-n", host.namespace, "route", "replace", *network, "congctl", "cubic")  # the machine's default may differ
             if rate:
-                limit = ["rate", rate, "burst", "256kb", "limit", "16mb"]
-                run("ip", "netns", "exec", host.namespace, "tc", "qdisc", "add", "dev", host.interface, "root", "tbf", *limit)
+                host.limit(rate)
             host.start()
         yield hosts
     finally:

@@ -1,0 +1,138 @@
+"""How much of expert parallelism's communication hides: ScMoE beside its honest opponents, on a real link between two hosts.
+
+    sudo python -m tools.bench_overlap opponents --point 60 --json benchmarks/overlap.json
+
+Two hosts (tools/hosts.py) with one rank and one core each are joined by a link of limited rate. The unit is forward and backward of the
+block pairs, without gradient reduction. Arms are interleaved: S serial exchange, O overlapped, N a local copy instead of the exchange,
+C the exchange only. Before anything is timed, output and gradients are held against float64 in one process, and gradients of all schedules
+with the same number of chunks must be equal to the bit. tools/overlap_cases.py says what the groups and points are.
+
+    opponents   top-2 serial and in chunks, top-1, shared expert serial and overlapped, ScMoE Pos-2
+    positions   the three positions of the shortcut
+    schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks
+    peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
+    transport   all-to-alls alone
+
+Results are added to the JSON file under the name of group, point and routing. Plot: python -m tools.overlap_plot FILE.json IMAGE.png
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+
+from tools import overlap_figures
+from tools.hosts import Host, two_hosts
+from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Run
+from tools.overlap_rank import Job
+from tools.overlap_transport import summary
+
+LIMIT_SECONDS = 900.0
+WAIT_SECONDS = 120.0  # for the machine to become quiet
+
+
+def run_job(hosts: tuple[Host, Host], job: Job, folder: Path) -> list[dict]:
+    """What both ranks found. Raises SystemExit with the end of a log when one fails."""
+    path = folder / "job.json"
+    path.write_text(json.dumps(asdict(job)))
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
+    processes = []
+    for rank, host in enumerate(hosts):
+        command = [sys.executable, "-m", "tools.overlap_rank", str(path), str(rank)]
+        processes.append(host.run(command, folder / f"rank-{rank}.log", environment | {"OVERLAP_INTERFACE": host.interface}))
+    deadline = time.monotonic() + LIMIT_SECONDS
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        if any(process.returncode for process in processes):
+            break
+        time.sleep(0.1)
+    if any(process.poll() != 0 for process in processes):
+        logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(len(hosts))]
+        raise SystemExit("\n".join(["A rank failed.", *logs]))
+    return [json.loads((folder / f"found-{rank}.json").read_text()) for rank in range(len(hosts))]
+
+
+def wait_until_quiet(limit: float) -> float:
+    """The load average when it is below the limit. Raises SystemExit when it does not come down."""
+    deadline = time.monotonic() + WAIT_SECONDS
+    while (load := os.getloadavg()[0]) > limit:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"The load average is {load:.2f}, above {limit}: somebody else uses the cores. Use --load to measure anyway.")
+        time.sleep(2)
+    return load
+
+
+def figures_of(part: str, found: list[dict]) -> dict[str, object]:
+    """What the ranks' findings say, by group."""
+    if part == "opponents":
+        return overlap_figures.opponents(found)
+    if part == "positions":
+        return overlap_figures.positions(found, list(POSITIONS))
+    if part == "schedules":
+        return overlap_figures.schedules(found)
+    if part == "peers":
+        return overlap_figures.peers(found, Run(DEEPSPEED, SERIAL).name, Run(DEEPSPEED, STOCK).name)
+    return summary(found)
+
+
+def table(part: str, found: list[dict], figures: dict) -> Iterator[str]:
+    if part == "transport":
+        yield from (f"{name:24} {', '.join(f'{key} {value:.4g}' for key, value in row.items())}" for name, row in figures["ways"].items())
+        return
+    yield from overlap_figures.lines(found, figures)
+    worst = max(error for rank in found for error in rank["errors"].values())
+    yield f"correct: off float64 by at most {worst:.1e}; gradients equal to the bit over all schedules of as many chunks"
+    off = {name: one["counted"] / one["expected"] - 1 for name, one in found[0]["bytes"].items() if one["counted"]}
+    if off:
+        name = max(off, key=lambda name: abs(off[name]))
+        yield f"bytes on the wire: at most {off[name]:+.1%} off the expected ones ({name})"
+    busiest = ", ".join(f"{model} {value:.2f}" for model, value in found[0]["busiest"].items())
+    yield f"busiest expert over the even share: {busiest}"
+
+
+def versions() -> dict[str, str]:
+    names = ["torch", "numpy", *(["deepspeed"] if find_spec("deepspeed") else [])]
+    return {"python": platform.python_version(), "cores": str(os.cpu_count())} | {name: version(name) for name in names}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*GROUPS, "transport"])
+    parser.add_argument("--point", choices=POINTS, default="60", help="which part of top-2's MoE time is exchange (default: %(default)s)")
+    parser.add_argument("--routing", choices=("even", "real"), default="even", help="forced balance, or as the gates choose")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
+    parser.add_argument("--load", type=float, default=0.5, help="highest load average to begin at (default: %(default)s)")
+    parser.add_argument("--small", action="store_true", help="a size for a test")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    point = POINTS[options.point]
+    size = SMALL if options.small else point.size
+    size = replace(size, pairs=options.pairs or size.pairs)
+    load = wait_until_quiet(options.load)
+    with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
+        found = run_job(hosts, Job(options.part, folder, options.rounds, options.routing == "even", size), Path(folder))
+    figures = figures_of(options.part, found)
+    title = f"{options.part}, point {options.point}, {options.routing} routing"
+    print(title, f"({point.rate or 'no limit'}, width {size.hidden}, FFN {size.ffn}, {size.tokens} tokens a rank, load {load:.2f})")
+    print("\n".join(table(options.part, found, figures)))
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        results = json.loads(options.json.read_text()) if options.json.exists() else {}
+        results[title] = {
+            "command": ["python", "-m", "tools.bench_overlap", *sys.argv[1:]], "versions": versions(), "load_average": load,
+            "rate": point.rate, "size": asdict(size), "figures": figures, "ranks": found,
+        }  # fmt: skip
+        options.json.write_text(json.dumps(results) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,160 @@
+"""What the laps of tools/bench_overlap.py say: ratios round by round, how much of the exchange was hidden, and how much could have been.
+
+`found`: what every rank found: {"laps": {run: {part: [seconds of every round]}}, "window": {model: {part: seconds}}, ...}. The unit lasts
+as long as its slower rank. An exchange can be hidden under the window, the computations that stand between its start and the experts or
+between the experts and its end; what the transport itself takes of the CPU cannot be won, so bounds and ceilings leave it out.
+"""
+
+import statistics
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from tools.checkpoint_figures import with_interval
+from tools.overlap_cases import EXCHANGE, NULL, OVERLAPPED, REST, SCMOE, SERIAL, SHARED, TOP_1, TOP_2, Run
+
+PARTS = ("forward", "backward")
+Figure = dict[str, float]
+
+
+def series(found: list[dict], run: str, parts: Sequence[str] = PARTS, suffix: str = "") -> list[float]:
+    """Seconds of every round, the slower rank's; both parts together unless one is named."""
+    of_ranks = [np.sum([rank["laps"][run][part + suffix] for part in parts], axis=0) for rank in found]
+    return np.max(of_ranks, axis=0).tolist()
+
+
+def middle(found: list[dict], run: str, parts: Sequence[str] = PARTS) -> float:
+    return statistics.median(series(found, run, parts))
+
+
+def ratio(found: list[dict], slow: str, fast: str) -> Figure:
+    """How many times as fast `fast` is, round by round: the median and its 95 % interval."""
+    return with_interval([a / b for a, b in zip(series(found, slow), series(found, fast), strict=True)])
+
+
+def estimate(numerator: list[float], denominator: list[float]) -> Figure:
+    """Median over median, with the 95 % interval that resampling whole rounds gives."""
+    generator = np.random.default_rng(0)
+    rounds = generator.integers(0, len(numerator), (2000, len(numerator)))
+    above, below = np.median(np.array(numerator)[rounds], axis=1), np.median(np.array(denominator)[rounds], axis=1)
+    low, high = np.percentile(above / below, [2.5, 97.5])
+    return {"median": statistics.median(numerator) / statistics.median(denominator), "low": float(low), "high": float(high)}
+
+
+def differences(first: list[float], second: list[float]) -> list[float]:
+    return [a - b for a, b in zip(first, second, strict=True)]
+
+
+def runs_of(found: list[dict], model: str, arm: str) -> list[str]:
+    """The names of this model's runs in this arm."""
+    return [name for name in found[0]["laps"] if name.startswith(f"{model} {arm}") and not name.endswith("again")]
+
+
+def best(found: list[dict], model: str, arm: str = OVERLAPPED) -> str:
+    """The fastest of them. Choosing by the median of the same rounds favours whoever has more runs; all are in the table."""
+    return min(runs_of(found, model, arm), key=lambda name: middle(found, name))
+
+
+def tax(found: list[dict], overlapped: str, null: str, parts: Sequence[str] = PARTS) -> float:
+    """CPU seconds of the transport in one lap: what the overlapped arm takes beyond the null one."""
+    cpu = (series(found, run, parts, "_cpu") for run in (overlapped, null))
+    return max(0.0, statistics.median(differences(*cpu)))
+
+
+def hiding(found: list[dict], model: str, exchange: str) -> dict[str, dict[str, object]]:
+    """By part: what was hidden, what could be, and how near the one comes to the other. `exchange`: the run that is exchange only."""
+    serial, null, overlapped = runs_of(found, model, SERIAL)[0], runs_of(found, model, NULL)[0], best(found, model)
+    figures: dict[str, dict[str, object]] = {}
+    for part in PARTS:
+        times = {run: series(found, run, [part]) for run in (serial, null, overlapped)}
+        hidden = estimate(differences(times[serial], times[overlapped]), differences(times[serial], times[null]))
+        comm, window = middle(found, exchange, [part]), max(rank["window"][model][part] for rank in found)
+        cost = tax(found, overlapped, null, [part])
+        bound = max(0.0, min(window, comm) - cost) / comm
+        figures[part] = {
+            "comm": comm, "window": window, "tax": cost, "fits": comm <= window, "hidden": hidden, "bound": bound,
+            "exposed": statistics.median(differences(times[overlapped], times[null])),
+            "efficiency": {key: value / bound if bound else 0.0 for key, value in hidden.items()},
+        }  # fmt: skip
+    return figures
+
+
+def ceiling(found: list[dict], model: str, hidden: dict) -> float:
+    """Seconds of the unit were everything hidden that can be, and the transport's CPU paid."""
+    exposed = sum(max(0.0, hidden[part]["comm"] - hidden[part]["window"]) + hidden[part]["tax"] for part in PARTS)
+    return middle(found, runs_of(found, model, NULL)[0]) + exposed
+
+
+def share(found: list[dict]) -> float:
+    """Exchanges over top-2's MoE time, serial: all but attention and dense MLPs."""
+    return middle(found, Run(TOP_2, EXCHANGE).name) / (middle(found, Run(TOP_2, SERIAL).name) - middle(found, Run(TOP_2, REST).name))
+
+
+def opponents(found: list[dict]) -> dict[str, object]:
+    """Every figure of the group `opponents`."""
+    mine = best(found, SCMOE)
+    serial = Run(TOP_2, SERIAL).name
+    others = {
+        "A/A": (Run(TOP_2, SERIAL, again=True).name, serial),
+        "top-2 serial": (serial, mine),
+        "top-2 in chunks, the best": (best(found, TOP_2), mine),
+        "top-1 serial": (Run(TOP_1, SERIAL).name, mine),
+        "shared expert, serial": (runs_of(found, SHARED, SERIAL)[0], mine),
+        "shared expert, overlapped, the best": (best(found, SHARED), mine),
+    }
+    ratios = {name: ratio(found, slow, fast) for name, (slow, fast) in others.items()}
+    exchange = Run(SCMOE, EXCHANGE).name
+    hidden = {model: hiding(found, model, exchange) for model in (SCMOE, SHARED)}
+    lowest = ceiling(found, SCMOE, hidden[SCMOE])
+    ceilings = {name: middle(found, slow) / lowest for name, (slow, _) in others.items() if name != "A/A"}
+    reached = ratio(found, serial, mine)
+    return {
+        "share": share(found), "best": {model: best(found, model) for model in (TOP_2, SHARED, SCMOE)}, "ratios": ratios,
+        "ceilings": ceilings, "of_ceiling": {key: value / ceilings["top-2 serial"] for key, value in reached.items()}, "hiding": hidden,
+    }  # fmt: skip
+
+
+def peers(found: list[dict], deepspeed: str, stock: str) -> dict[str, object]:
+    """Ours against DeepSpeed's layer, and what the transport alone gives each."""
+    mine = best(found, SCMOE)
+    pairs = {
+        "DeepSpeed, our transport": (deepspeed, mine),
+        "DeepSpeed, its transport": (stock, mine),
+        "DeepSpeed, our transport, against our top-2": (deepspeed, Run(TOP_2, SERIAL).name),
+    }
+    return {"best": mine, "ratios": {name: ratio(found, *pair) for name, pair in pairs.items() if pair[0] in found[0]["laps"]}}
+
+
+def positions(found: list[dict], models: Sequence[str]) -> dict[str, object]:
+    serial = Run(TOP_2, SERIAL).name
+    return {"ratios": {f"{model} against top-2 serial": ratio(found, serial, best(found, model)) for model in models}}
+
+
+def schedules(found: list[dict]) -> dict[str, object]:
+    """All schedules of ScMoE against the best without chunks."""
+    names = runs_of(found, SCMOE, OVERLAPPED)
+    plain = min((name for name in names if "+" not in name), key=lambda name: middle(found, name))
+    order = sorted(names, key=lambda name: middle(found, name))
+    return {"best": order[0], "best_unchunked": plain, "ratios": {f"{name} against {plain}": ratio(found, plain, name) for name in order}}
+
+
+def lines(found: list[dict], figures: dict) -> Iterator[str]:
+    """The table: all runs, then what follows from them."""
+    yield f"{'':34} {'ms':>8} {'low':>8} {'high':>8} {'forward':>8} {'backward':>8}"
+    for name in found[0]["laps"]:
+        whole = with_interval(series(found, name))
+        parts = " ".join(f"{1e3 * middle(found, name, [part]):8.1f}" for part in PARTS)
+        yield f"{name:34} " + " ".join(f"{1e3 * whole[key]:8.1f}" for key in ("median", "low", "high")) + f" {parts}"
+    if "share" in figures:
+        yield f"exchange share of top-2's MoE time {figures['share']:.0%}; achieved of the ceiling {interval(figures['of_ceiling'])}"
+    for name, figure in figures["ratios"].items():
+        limit = f", ceiling {figures['ceilings'][name]:.2f}" if name in figures.get("ceilings", {}) else ""
+        yield f"{name:60} {interval(figure)}{limit}"
+    for model, parts in figures.get("hiding", {}).items():
+        for part, one in parts.items():
+            times = ", ".join(f"{key} {1e3 * one[key]:.1f} ms" for key in ("comm", "window", "tax", "exposed"))
+            yield f"{model} {part}: {times}, hidden {interval(one['hidden'])} of at most {one['bound']:.2f}: {interval(one['efficiency'])}"
+
+
+def interval(figure: Figure) -> str:
+    return f"{figure['median']:.3f} ({figure['low']:.3f} to {figure['high']:.3f})"

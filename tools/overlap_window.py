@@ -1,0 +1,60 @@
+"""A timer of the computations of a block, forward and backward, for tools/bench_overlap.py. Not for a GPU: it reads the host's clock."""
+
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+@dataclass
+class Stopwatch:
+    """A `moetrain.model.context.Timer`. Two nodes around each computation read the clock in the backward pass too."""
+
+    forward: dict[str, float] = field(default_factory=dict)  # seconds by name, summed
+    backward: dict[str, float] = field(default_factory=dict)
+
+    def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        started = time.perf_counter()
+        inside = [cast(Tensor, _End.apply(x, self, name)) if x.is_floating_point() else x for x in inputs]
+        output = cast(Tensor, _Begin.apply(operator(*inside), self, name))
+        self.forward[name] = self.forward.get(name, 0.0) + time.perf_counter() - started
+        return output
+
+    def window(self, names: Collection[str]) -> dict[str, float]:
+        """Seconds of these computations by pass."""
+        passes = {"forward": self.forward, "backward": self.backward}
+        return {part: sum(its[name] for name in names) for part, its in passes.items()}
+
+
+class _Begin(torch.autograd.Function):
+    """Behind a computation: its backward begins here."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, watch: Stopwatch, name: str) -> Tensor:
+        ctx.watch, ctx.name = watch, name  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        watch, name = ctx.watch, ctx.name  # type: ignore[attr-defined]
+        watch.backward[name] = watch.backward.get(name, 0.0) - time.perf_counter()
+        return grad, None, None
+
+
+class _End(torch.autograd.Function):
+    """Before a computation: its backward ends here."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, watch: Stopwatch, name: str) -> Tensor:
+        ctx.watch, ctx.name = watch, name  # type: ignore[attr-defined]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        watch, name = ctx.watch, ctx.name  # type: ignore[attr-defined]
+        watch.backward[name] = watch.backward.get(name, 0.0) + time.perf_counter()
+        return grad, None, None
