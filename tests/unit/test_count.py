@@ -2,7 +2,7 @@
 
 import pytest
 
-from moetrain.model.config import AttentionConfig, ModelConfig
+from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
 from moetrain.model.count import (
     active_matmul_parameters,
     bank_bytes,
@@ -48,6 +48,19 @@ def test_scmoe_pair_equals_hand_count() -> None:
     shared = 8 + 3 * 8 * 10 + 8  # own norm, matrices, sigmoid gate
     assert count.dense == 2 * 32 * 8 + 8 + preceding + attention + routed + shared
     assert count.num_banks == 1
+    two_way = tiny(num_layers=2, pattern=["scmoe"], tie_embeddings=False, shared_gate="cg2", num_shared_experts=3)
+    assert count_parameters(two_way).dense == count.dense + 8 + 2 * 3 * 8 * 10
+
+
+def test_a_bank_under_two_pairs_is_counted_once_and_used_by_both() -> None:
+    pairs = tiny(num_layers=4, pattern=["dgmoe"])
+    shared = tiny(num_layers=4, pattern=["dgmoe"], shortcut=ShortcutConfig(pairs_per_bank=2))
+    apart, together = count_parameters(pairs), count_parameters(shared)
+    assert (apart.num_banks, together.num_banks) == (2, 1)
+    assert apart.total - together.total == 4 * 3 * 8 * 12 + 4 * 8 + 8  # experts, gate and norm
+    assert apart.chosen == together.chosen == 2 * 2 * 2  # pairs, gatings, K
+    pair = 2 * 4 * 8 * 8 + 3 * 8 * 16 + 2 * 4 * 8 + 2 * 2 * 3 * 8 * 12  # attentions, MLP, the gate twice, four experts
+    assert active_matmul_parameters(pairs) == active_matmul_parameters(shared) == 2 * pair + 32 * 8
 
 
 def test_attention_options_add_their_parameters() -> None:
@@ -93,7 +106,9 @@ def test_bank_bytes_of_master_and_moments() -> None:
     assert bank_bytes(tiny(), 12) == 4 * 3 * 8 * 12 * 12
 
 
-@pytest.mark.parametrize("pattern", [["dense"], ["moe"], ["shared"], ["scmoe"], ["dense", "moe"], ["dense", "scmoe", "shared"]])
+@pytest.mark.parametrize("pattern", [
+    ["dense"], ["moe"], ["shared"], ["shortcut"], ["scmoe"], ["dgmoe"], ["dense", "moe"], ["dense", "scmoe", "shared"]
+])  # fmt: skip
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("qk_norm", ["none", "full", "head"])
 def test_count_equals_the_real_model(pattern: list[str], tied: bool, qk_norm: str) -> None:
@@ -101,7 +116,7 @@ def test_count_equals_the_real_model(pattern: list[str], tied: bool, qk_norm: st
 
     attention = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=6, qk_norm=qk_norm, bias=not tied)
     routing = RoutingConfig(num_experts=4, top_k=2, bias_update_rate=0.001)
-    shared_gate = "cg1" if tied else "add"
+    shared_gate = "cg1" if tied else "cg2"
     model = tiny(num_layers=4, pattern=pattern, tie_embeddings=tied, attention=attention, routing=routing, shared_gate=shared_gate)
     real = {name: parameter.numel() for name, parameter in meta_model(model).named_parameters()}
     count = count_parameters(model)

@@ -148,6 +148,7 @@ def test_all_to_all_counts_every_row_out_and_back_and_both_gradients() -> None:
     tokens, layers, top_k, hidden = 6 * 16, 2, 2, 8
     rows = tokens * top_k * layers * 3 / 4  # a quarter of the experts is here
     assert all_to_all_bytes(tiny(), Axes(4, 4), batch, 4, low_precision=False) == rows * hidden * 4 * 4
+    assert all_to_all_bytes(tiny(pattern=("dgmoe",)), Axes(4, 4), batch, 4, low_precision=False) == rows * hidden * 4 * 4  # one pair, twice
     assert all_to_all_bytes(tiny(), Axes(4, 4), batch, 4, low_precision=True) == rows * hidden * 2 * (4 + 2)
     assert all_to_all_bytes(tiny(capacity_factor=0.5), Axes(4, 4), batch, 4, low_precision=False) == rows / 2 * hidden * 4 * 4
 

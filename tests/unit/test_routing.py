@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.base.errors import ConfigError, PlanError
-from moetrain.routing.balance import updated_bias
+from moetrain.routing.balance import merged, updated_bias
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.placement import Placement
 from moetrain.routing.scores import gate_scores
 from moetrain.routing.select import TopK, within_capacity
-from moetrain.routing.types import Routing, RoutingContext
+from moetrain.routing.types import Routing, RoutingContext, count_pairs
 
 
 def route(logits: torch.Tensor, config: RoutingConfig, context: RoutingContext | None = None, bias: torch.Tensor | None = None) -> Routing:
@@ -179,3 +179,44 @@ def test_without_capacity_nothing_is_dropped_and_position_means_place_in_the_seq
     config = RoutingConfig(num_experts=2, top_k=1, capacity_factor=1.0, drop_order="position")
     assert route(logits, config, RoutingContext((2, 2))).token_P.tolist() == [0, 2]
     assert route(logits, config, RoutingContext((2, 2), dropless=True)).token_P.tolist() == [0, 1, 2, 3]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 3), max_size=3), min_size=1, max_size=9), st.lists(st.integers(0, 9), max_size=3), st.booleans())
+def test_the_parts_of_a_split_routing_are_the_whole(chosen: list[list[int]], cuts: list[int], has_levels: bool) -> None:
+    """Any number of pairs per token, tokens without one, empty parts."""
+    pairs = [(token, expert) for token, experts in enumerate(chosen) for expert in experts]
+    token, expert = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    level = expert % 2 if has_levels else None
+    stats = route(torch.zeros(1, 4), RoutingConfig(num_experts=4)).stats
+    count = count_pairs(expert, 4, level, 2 if has_levels else 1)
+    whole = Routing(token, expert, level, torch.arange(len(pairs)).double(), count, stats)
+    ends = [*sorted(min(cut, len(chosen)) for cut in cuts), len(chosen)]
+    starts = [0, *ends[:-1]]
+    parts = whole.split([end - start for start, end in zip(starts, ends, strict=True)])
+    assert torch.equal(torch.cat([part.token_P + start for part, start in zip(parts, starts, strict=True)]), token)
+    assert torch.equal(torch.cat([part.expert_P for part in parts]), expert)
+    assert torch.equal(torch.cat([part.weight_P for part in parts]), whole.weight_P)
+    assert torch.equal(sum(part.count_EL for part in parts), count)
+    for part, start, end in zip(parts, starts, ends, strict=True):
+        assert all(0 <= token < end - start for token in part.token_P.tolist())
+        for expert in range(4):
+            assert int(part.count_EL[expert].sum()) == int((part.expert_P == expert).sum())
+
+
+def test_a_second_choice_leaves_out_the_first_and_keeps_its_own_weights(logits: torch.Tensor) -> None:
+    config = RoutingConfig(num_experts=6, top_k=2)
+    first = route(logits, config)
+    second = route(logits, config, RoutingContext((1, 12), taken=first))
+    best = torch.argsort(logits, 1, descending=True)[:, :4]
+    assert torch.equal(first.expert_P.view(12, 2), best[:, :2]) and torch.equal(second.expert_P.view(12, 2), best[:, 2:])
+    torch.testing.assert_close(second.weight_P.view(12, 2), torch.softmax(logits, 1).gather(1, best[:, 2:]))
+
+
+def test_two_gatings_of_a_bank_are_one_in_its_stats(logits: torch.Tensor) -> None:
+    one, other = (route(x, RoutingConfig(num_experts=6, z_loss_weight=1.0, capacity_factor=0.5)).stats for x in (logits, -logits))
+    both = merged([one, other])
+    torch.testing.assert_close(both.auxiliary, (one.auxiliary + other.auxiliary) / 2)
+    torch.testing.assert_close(both.z, (one.z + other.z) / 2)
+    assert torch.equal(both.load_E, one.load_E + other.load_E)
+    assert int(both.num_dropped) == int(one.num_dropped) + int(other.num_dropped) > 0
