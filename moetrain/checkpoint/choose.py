@@ -1,5 +1,6 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
-READERS = 4  # threads: reading and checking let other threads run
+READERS = min(4, len(os.sched_getaffinity(0)))  # threads: reading and checking let other threads run
 
 PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
