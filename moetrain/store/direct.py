@@ -3,6 +3,7 @@
 The same bytes through the cache cost fifteen times the processor time and wait for whoever flushes it (`docs/checkpoint.md`).
 """
 
+import errno
 import fcntl
 import mmap
 import os
@@ -51,10 +52,10 @@ def _write_blocks(descriptor: int, views: list[memoryview], staging: mmap.mmap, 
                 before_write()
                 try:
                     written = os.write(descriptor, buffer[done:size])
-                except OSError:
-                    if total + done:
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
                         raise
-                    return 0  # accepted when it was opened, refused when it was used
+                    return total + done  # accepted when it was opened, refused when it is used, or for this length
                 done += written
                 if written % ALIGNMENT:  # a quota or a signal cut it short
                     return total + done

@@ -61,11 +61,16 @@ def test_small_files_go_through_the_cache(tmp_path, lengths):
     assert lengths == []
 
 
-def test_a_file_system_that_refuses_at_the_first_write_gets_the_usual_ones(tmp_path, monkeypatch):
-    def refuse(descriptor: int, data: memoryview) -> int:
-        raise OSError(errno.EINVAL, "Invalid argument")
+@pytest.mark.parametrize("wanted", [1 << 20, 2 * ALIGNMENT])
+def test_a_file_system_that_refuses_a_length_gets_the_usual_writes(tmp_path, monkeypatch, wanted):
+    real = os.write
 
-    monkeypatch.setattr(direct.os, "write", refuse)
+    def write(descriptor: int, data: memoryview) -> int:
+        if len(data) % wanted:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(descriptor, data)
+
+    monkeypatch.setattr(direct.os, "write", write)
     content = os.urandom(BLOCKS)
     assert Direct().write_new(tmp_path / "a", [content]) == BLOCKS
     assert (tmp_path / "a").read_bytes() == content
