@@ -29,6 +29,7 @@ from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.model.count import training_flops_per_token
 from moetrain.parallel.native import TorchEngine
+from moetrain.parallel.rehearsal import check_order
 from moetrain.store.bundle import Bundle
 from moetrain.telemetry.env import write_env
 from moetrain.telemetry.meter import Meter, peak_memory_bytes
@@ -73,6 +74,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     progress = Progress(total_steps=-(-config.train.tokens // config.train.global_batch_tokens))
 
     engine = TorchEngine(config.model, config.parallel, config.engine, config.optim, world, mesh)
+    check_order(engine, config.parallel, config.engine, batch)
     at = from_rank_zero(world.rank, world.agree, lambda: origin(config.checkpoint.resume, folder, os.environ)) or ""
     resumed = origin_run(at, folder)
     before = None if resumed is None else require_same_run(config, content, resumed)

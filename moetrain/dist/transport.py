@@ -5,8 +5,10 @@ S rows are sent, R received, in the order of ranks of the axis, along dim 0; any
 """
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from itertools import accumulate
+from threading import Thread
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -186,18 +188,36 @@ def bytes_to_others(sent: Tensor, send_sizes: Sequence[int], axis: "Axis") -> in
     return sent.nbytes // rows * (rows - send_sizes[axis.index]) if rows else 0
 
 
-@dataclass
 class _Together:
-    """Done when all are done."""
+    """Done when all are done. gloo's works know that only while somebody waits for them: the first question starts a thread that does."""
 
-    works: list[dist.Work]
+    def __init__(self, works: list[dist.Work]) -> None:
+        self._works = works
+        self._landed: Future[None] | None = None
 
     def wait(self) -> None:
-        for work in self.works:
+        if self._landed is not None:
+            self._landed.result()
+            return
+        works, self._works = self._works, []  # a second wait for a piece would wait for another one
+        for work in works:
             work.wait()
 
     def is_completed(self) -> bool:
-        return all(work.is_completed() for work in self.works)
+        if self._landed is None and self._works:
+            self._landed = Future()
+            Thread(target=self._land, args=(self._landed, self._works), name="moetrain-landing", daemon=True).start()
+        return self._landed is None or self._landed.done()
+
+    @staticmethod
+    def _land(landed: "Future[None]", works: list[dist.Work]) -> None:
+        try:
+            for work in works:
+                work.wait()
+        except RuntimeError as error:  # for whoever waits
+            landed.set_exception(error)
+        else:
+            landed.set_result(None)
 
 
 def _slabs(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:

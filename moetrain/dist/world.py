@@ -39,6 +39,7 @@ class World:
         self.watch = Watch(rank, timeout_seconds)
         self.group: dist.ProcessGroup | None = None  # of all ranks; None: the default group of torch
         self._store: Store | None = None
+        self._num_notes = 0
         self._heartbeat: Heartbeat | None = None
 
     @property
@@ -136,13 +137,14 @@ class World:
         assert isinstance(group, dist.ProcessGroup)
         return group
 
-    def notes(self, name: str) -> Store:
-        """Keys and values that ranks of this start leave for each other without a collective. Reading waits, with the world's time-out.
+    def notes(self) -> Store:
+        """An empty store in which ranks leave values for each other without a collective. Reading waits, with the world's time-out.
 
-        For the main thread, and for more than one rank.
+        For the main thread, and for more than one rank; the n-th call on every rank returns the same.
         """
         assert self._store is not None
-        return PrefixStore(name, self._store)
+        self._num_notes += 1
+        return PrefixStore(f"notes/{self._num_notes}", self._store)
 
     def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks") -> Tensor:
         """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor."""

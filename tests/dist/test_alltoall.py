@@ -3,6 +3,7 @@
 Experts here are e_k(row) = tanh(row @ W_k), so that a row at the wrong expert shows. All ranks know all weights and slice their own.
 """
 
+import random
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -102,18 +103,22 @@ CASES: dict[str, tuple[int, int, int, Callable[[Tensor], Tensor], float]] = {
 def compare_with_local(axis: Axis, placement: Placement, case: str) -> None:
     num_experts, num_tokens, top_k, choose, drop = CASES[case]
     num_tokens = 0 if case == "rank_0_has_no_tokens" and axis.index == 0 else num_tokens + axis.index * bool(num_tokens)
-    problem = make_problem(axis.index, num_tokens, num_experts, top_k, choose, drop)
-    everyone = tuple(range(num_experts))
+    compare_problem(axis, placement, make_problem(axis.index, num_tokens, num_experts, top_k, choose, drop))
+
+
+def compare_problem(axis: Axis, placement: Placement, problem: Problem) -> None:
+    """This rank's tokens through experts on all ranks, and through all experts here."""
+    everyone = tuple(range(problem[1].shape[0]))
     expected, expected_grad = outputs_and_gradients(LocalDispatcher(), everyone, problem)
     actual, actual_grad = outputs_and_gradients(AllToAllDispatcher(axis, placement), placement.experts[axis.index], problem)
     for a, b in zip(actual, expected, strict=True):
         # not bit for bit: a matmul of other rows beside mine rounds differently
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12, equal_nan=True)
     expected_grad[1] = axis.sum_(expected_grad[1].clone())  # experts hear from the tokens of every rank
     elsewhere = [expert for expert in everyone if expert not in placement.experts[axis.index]]
     expected_grad[1][elsewhere] = 0
     for a, b in zip(actual_grad, expected_grad, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 def compare_bits(axis: Axis) -> None:
@@ -178,6 +183,51 @@ def check_axes(world: World) -> str:
         assert isinstance(group, dist.ProcessGroup)
         check_all(Axis("ep", (0, 1, 2), world.rank, group, world))
     return "equal"
+
+
+FUZZED = 1000
+KINDS = ("any", "no tokens", "one token", "all to one expert", "skewed", "a gate of NaN", "nothing kept")
+
+
+def fuzzed(number: int, index: int) -> Problem:
+    """Tokens of one rank in case `number`; what all ranks must have alike depends on the number only, the rest on the rank too."""
+    shared = random.Random(number)
+    kind, num_experts = KINDS[number % len(KINDS)], shared.randint(3, 9)
+    top_k = 1 if kind == "all to one expert" else shared.randint(1, 3)
+    favourite = shared.randrange(num_experts)
+    mine = random.Random(FUZZED + 7 * number + index)
+    num_tokens = {"no tokens": 0, "one token": int(index == number % 3)}.get(kind, mine.choice((0, 1, 3, 17)))
+    choose: Callable[[Tensor], Tensor] = partial(all_to, favourite) if kind == "all to one expert" else as_chosen
+    if kind == "skewed":
+        choose = partial(mostly, favourite)
+    drop = {"nothing kept": 1.1}.get(kind, mine.choice((0.0, 0.4)))
+    problem = make_problem(mine.randrange(1 << 30), num_tokens, num_experts, top_k, choose, drop)
+    if kind == "a gate of NaN" and num_tokens:
+        with torch.no_grad():
+            problem[3][0][mine.randrange(num_tokens)] = float("nan")
+    x_ND, weights_EDD, experts, weights, kept = problem
+    return x_ND, weights_EDD, experts[:1], weights[:1], kept[:1]  # one layer
+
+
+def mostly(expert: int, expert_NK: Tensor) -> Tensor:
+    """The first choice of nine tokens in ten."""
+    return torch.where((torch.arange(len(expert_NK)) % 10 > 0)[:, None] & (expert_NK == expert_NK[:, :1]), expert, expert_NK)
+
+
+def fuzz(world: World) -> int:
+    axis = Mesh(world, world.size).ep
+    for number in range(FUZZED):
+        problem = fuzzed(number, axis.index)
+        try:
+            compare_problem(axis, Placement.balanced(problem[1].shape[0], axis.size, number), problem)
+        except Exception as error:
+            raise AssertionError(f"case {number}: {KINDS[number % len(KINDS)]}") from error
+    return FUZZED
+
+
+@pytest.mark.dist
+def test_a_thousand_fuzzed_routings_equal_the_local_dispatcher(tmp_path: Path) -> None:
+    assert run_ranks(fuzz, 3, tmp_path) == [FUZZED] * 3
 
 
 @pytest.mark.dist

@@ -18,6 +18,7 @@ from tests.kit import run_ranks
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.uint8)
 CHUNKED = 5 * SMALLEST_CHUNK_BYTES // 8  # float64 values that travel in more than one piece
+SIGNAL = 1 << 20  # a tag far above those of a few exchanges
 MATRICES = {  # rows from each rank (down) to each rank (across) of four
     "uneven": [[3, 0, 1, 5], [2, 4, 0, 1], [1, 1, 7, 0], [0, 2, 3, 1]],
     "nothing to or from rank 2": [[1, 2, 0, 3], [4, 1, 0, 1], [0, 0, 0, 0], [2, 2, 0, 1]],
@@ -90,6 +91,23 @@ def landing_in_the_other_order(axis: Axis) -> None:
         assert flight.work.is_completed()
 
 
+def telling_when_it_landed(axis: Axis) -> None:
+    """An exchange that nobody waits for says when it is there, and not before every rank has sent."""
+    assert axis.group is not None
+    axis.link.transport = PointToPoint()
+    sizes = [1] * axis.size
+    if axis.index > 0:
+        axis.group.recv([torch.empty(1)], 0, SIGNAL).wait()  # they start when rank 0 has asked
+    flight = launch("early", torch.full((axis.size, CHUNKED), float(axis.index)), sizes, sizes, axis)
+    if axis.index == 0:
+        assert not flight.work.is_completed()
+        for rank in range(1, axis.size):
+            axis.group.send([torch.zeros(1)], rank, SIGNAL).wait()
+    while not flight.work.is_completed():
+        pass
+    assert flight.land()[:, 0].tolist() == [float(source) for source in range(axis.size)]
+
+
 def on_the_wire(axis: Axis) -> None:
     """bfloat16 on the wire rounds rows and gradients once, and halves the bytes; counts and smaller rows stay as they are."""
     axis.link.transport = Blocking(PointToPoint())
@@ -149,6 +167,7 @@ def check_all(world: World) -> str:
             equal_to_the_stock_call(axis)
             in_pieces(axis)
             landing_in_the_other_order(axis)
+            telling_when_it_landed(axis)
             on_the_wire(axis)
             without_peers(axis)
         chunks_share_one_count_exchange(axis) if axis.size > 1 else journey(axis, PointToPoint(), torch.ones(2, 1), [2], [2])

@@ -1,0 +1,64 @@
+"""One step of a small twin of the model on a stage, to compare which collective calls every rank is about to make."""
+
+import hashlib
+from dataclasses import replace
+
+import torch
+
+from moetrain.data.batch import Batch
+from moetrain.dist.mesh import Mesh
+from moetrain.dist.order import Rehearsal, compare
+from moetrain.model.config import ModelConfig
+from moetrain.model.shapes import parameter_shapes
+from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.native import TorchEngine
+from moetrain.parallel.plan import Batch as Shape
+
+WIDTH, TOKENS = 8, 16  # of the twin; the least that every block kind can be built with
+
+
+def check_order(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConfig, shape: Shape) -> None:
+    """Raises TrainingError naming ranks, group and calls unless all ranks would make the same calls in one step of `engine`.
+
+    No collective runs: digests are compared over the store. Does nothing on one rank, or without `parallel.check_order`.
+    """
+    if engine.world.size > 1 and parallel.check_order:
+        compare(rehearse(engine, parallel, settings, shape), engine.world)
+
+
+def rehearse(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConfig, shape: Shape) -> Rehearsal:
+    """One step of a twin with every block, bank and rule of the engine's model and the same axes, but small widths, on the CPU.
+
+    At most two micro-batches: the last one's calls differ from the others'. The real widths and numbers are one line among the calls.
+    """
+    with torch.random.fork_rng(devices=[]), Rehearsal(engine.world) as stage:
+        stage.note(facts(engine.config, settings, shape))
+        plain = replace(settings, compile=False, autocast="off" if engine.autocast is None else "bfloat16")
+        twin = TorchEngine(small(engine.config), parallel, plain, engine.optim, stage, Mesh(stage, engine.mesh.ep.size))
+        twin.initialize(seed=0)
+        twin.step([_batch()] * min(shape.accumulation, 2), 0.0, lambda: None)
+    return stage
+
+
+def facts(model: ModelConfig, settings: EngineConfig, shape: Shape) -> str:
+    """What decides the size and number of a step's messages, in a line."""
+    shapes = repr(sorted(parameter_shapes(model).items()))
+    digest = hashlib.sha256(shapes.encode()).hexdigest()[:12]
+    return (
+        f"a step of {shape.accumulation} micro-batches of {shape.micro_batch_size} x {shape.seq_len} tokens, "
+        f"{settings.dtype} parameters of shapes {digest}"
+    )
+
+
+def small(model: ModelConfig) -> ModelConfig:
+    """The same model at the least widths: what decides which calls a step makes, not how long they take."""
+    attention = replace(model.attention, num_heads=1, num_kv_heads=1, head_dim=WIDTH)
+    return replace(
+        model, vocab_size=TOKENS, hidden_size=WIDTH, ffn_size=WIDTH, expert_ffn_size=WIDTH, shared_ffn_size=WIDTH, max_position=TOKENS,
+        attention=attention,
+    )  # fmt: skip
+
+
+def _batch() -> Batch:
+    tokens_BS = torch.arange(TOKENS).unsqueeze(0)
+    return Batch(tokens_BS, tokens_BS, torch.ones_like(tokens_BS, dtype=torch.bool), tokens_BS, None)
