@@ -10,6 +10,8 @@ class ParallelConfig:
     ep: int = 0  # expert-parallel ranks; divides the world; auto = the largest divisor of the world <= num_experts
     dense: str = "replicate"  # dense parameters: replicate | fsdp (FSDP2 over all ranks; experts over their edp ranks)
     placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
+    wire_dtype: str = "same"  # of rows and their gradients on the way to experts and back: same (as computed) | bfloat16 (half of float32)
+    check_order: bool = True  # before the first step: all ranks must be about to make the same collective calls, or the job ends
     timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation
     heartbeat_seconds: float = 8.0  # a rank that is not heard from for so long (killed, frozen, cut off) ends the job; 0 = never
 

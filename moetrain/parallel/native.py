@@ -26,7 +26,7 @@ from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.engine import LossSums, StepResult
 from moetrain.parallel.fragments import bank_of, model_state
 from moetrain.parallel.gradients import GradientSync
-from moetrain.parallel.precision import autocast_dtype
+from moetrain.parallel.precision import WIRE_DTYPES, autocast_dtype
 from moetrain.parallel.sums import StepSums
 from moetrain.routing.balance import updated_bias
 from moetrain.routing.placement import Placement
@@ -48,6 +48,7 @@ class TorchEngine:
         self.gradients = GradientSync(self.model, mesh)
 
     def _sharded_model(self, parallel: ParallelConfig, engine: EngineConfig) -> GPT:
+        self.mesh.ep.link.wire_dtype = WIRE_DTYPES[parallel.wire_dtype]
         placement = Placement.balanced(self.config.routing.num_experts, self.mesh.ep.size, parallel.placement_seed)
         site = BankSite(placement.experts[self.mesh.ep.index], AllToAllDispatcher(self.mesh.ep, placement))
         model = meta_model(self.config, lambda bank: site, engine.experts).to(getattr(torch, engine.dtype))
