@@ -15,12 +15,14 @@ CHOICES = {
     "engine.experts": ("auto", "loop", "bmm", "grouped_mm"),
     "telemetry.console": ("auto", "live", "lines", "off"),
     "telemetry.wandb": ("off", "online", "offline"),
+    "profile.what": ("trace", "comm"),
 }
 AT_LEAST = {
-    1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps"),
+    1: ("train.tokens", "data.seq_len", "data.vocab_size", "telemetry.log_every", "profile.num_steps", "parallel.overlap.max_chunks"),
     0: ("run.seed", "run.stop_after", "train.micro_batch_size", "train.accumulation", "train.evaluate_every", "train.evaluate_batches",
         "train.sample_every", "train.sample_tokens", "data.seed", "telemetry.experts_every", "profile.start_step", "debug.world",
-        "parallel.heartbeat_seconds"),
+        "parallel.heartbeat_seconds", "parallel.overlap.slot", "parallel.overlap.chunks", "parallel.overlap.measure_every",
+        "parallel.overlap.tolerance"),
 }  # fmt: skip
 POSITIVE = ("parallel.timeout_seconds",)
 
@@ -33,6 +35,7 @@ def check(config: TrainConfig, world: int) -> None:
     _check_data(config)
     config.optim.check()
     _check_parallel(config)
+    _check_profile(config)
     _check_checkpoint(config)
     axes(config.model, config.parallel, world)
     if not config.debug.plan:
@@ -112,6 +115,12 @@ def _check_parallel(config: TrainConfig) -> None:
     if engine.dtype == "float64" and engine.autocast == "bfloat16":
         rule = "a float64 model is never computed in bfloat16"
         raise ConfigError.of("engine.autocast", engine.autocast, rule, "Use engine.autocast=off or engine.dtype=float32.")
+
+
+def _check_profile(config: TrainConfig) -> None:
+    if config.profile.what == "comm" and config.profile.memory:
+        rule = "allocations are recorded in a trace only"
+        raise ConfigError.of("profile.memory", config.profile.memory, rule, "Use profile.what=trace or profile.memory=false.")
 
 
 def _check_checkpoint(config: TrainConfig) -> None:

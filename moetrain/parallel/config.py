@@ -1,6 +1,17 @@
 """How a run is spread over ranks and stepped, as configuration. No torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+
+@dataclass
+class OverlapConfig:
+    """When the experts of a block run beside its main stream (docs/overlap.md). Slots change no bit of a step, chunks do by rounding."""
+
+    slot: int = 0  # experts run before main-stream computation `slot` (after the last of a block that has fewer); 0 = by measured times
+    chunks: int = 1  # token chunks, computed one while another travels; 0 = by measured times (then reruns differ by rounding)
+    max_chunks: int = 4  # the most of them where their number is chosen
+    measure_every: int = 500  # steps between measured steps, in which no exchange overlaps; 0 = once, and again only after changes
+    tolerance: float = 0.1  # measure again when the share of a step that is spent waiting for exchanges has changed by more
 
 
 @dataclass
@@ -12,6 +23,7 @@ class ParallelConfig:
     placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
     wire_dtype: str = "same"  # of rows and their gradients on the way to experts and back: same (as computed) | bfloat16 (half of float32)
     check_order: bool = True  # before the first step: all ranks must be about to make the same collective calls, or the job ends
+    overlap: OverlapConfig = field(default_factory=OverlapConfig)
     timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation
     heartbeat_seconds: float = 8.0  # a rank that is not heard from for so long (killed, frozen, cut off) ends the job; 0 = never
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from moetrain.base.errors import TrainingError
 from moetrain.data.batch import Batch
 from moetrain.model.state import ModelState
+from moetrain.telemetry.lanes import Lanes
 
 
 @dataclass
@@ -25,6 +26,8 @@ class StepResult:
     num_dropped: int  # pairs dropped by capacity
     num_pairs: int  # pairs kept or dropped
     seconds: float  # of the step itself, from the first forward to the end of the update
+    waited_seconds: float = 0.0  # for exchanges with other ranks, mean over ranks; 0 on GPUs, where the host does not wait
+    lanes: Lanes | None = None  # of this rank, if `observe` asked for them
 
 
 class LossSums(NamedTuple):
@@ -44,6 +47,13 @@ class Engine(Protocol):
     def step(self, batches: list[Batch], lr: float, before_update: Callable[[], None]) -> StepResult:
         """One optimizer step over this rank's micro-batches. `before_update` is called once, after the last backward and
         before clip and update: until it returns, parameters and optimizer state do not change. Raises NonFiniteError."""
+        ...
+
+    def observe(self, serial: bool) -> None:
+        """Has the next step's computations and exchanges recorded in its result. Call it on all ranks alike.
+
+        serial: every exchange is waited for where it starts. It changes no bit of the step.
+        """
         ...
 
     def evaluate(self, batch: Batch) -> LossSums: ...

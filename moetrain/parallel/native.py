@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 from moetrain.data.batch import Batch
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
+from moetrain.model.blocks import RoutedBlock
 from moetrain.model.config import ModelConfig
-from moetrain.model.context import ForwardContext
+from moetrain.model.context import ForwardContext, Timer
 from moetrain.model.gpt import GPT, BankSite, GPTOutput, meta_model
 from moetrain.model.init import fill
 from moetrain.model.moe import Router
@@ -26,6 +27,8 @@ from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.engine import LossSums, StepResult
 from moetrain.parallel.fragments import bank_of, model_state
 from moetrain.parallel.gradients import GradientSync
+from moetrain.parallel.observer import StepObserver
+from moetrain.parallel.planner import OverlapPlanner
 from moetrain.parallel.precision import WIRE_DTYPES, autocast_dtype
 from moetrain.parallel.sums import StepSums
 from moetrain.routing.balance import updated_bias
@@ -46,6 +49,8 @@ class TorchEngine:
         self.model = self._sharded_model(parallel, engine)
         self.optimizer = AdamW([self._named(name, parameter) for name, parameter in self.model.named_parameters()], optim)
         self.gradients = GradientSync(self.model, mesh)
+        blocks = [module for module in self.model.modules() if isinstance(module, RoutedBlock)]
+        self.observer = StepObserver(OverlapPlanner(parallel.overlap, blocks, world), mesh.ep)
 
     def _sharded_model(self, parallel: ParallelConfig, engine: EngineConfig) -> GPT:
         self.mesh.ep.link.wire_dtype = WIRE_DTYPES[parallel.wire_dtype]
@@ -74,22 +79,28 @@ class TorchEngine:
         sums = StepSums(self.config, self.world)
         batches = [batch.to(self.world.device) for batch in batches]
         total = sums.count_tokens(batches)
-        for number, batch in enumerate(batches):
-            self._sync_gradients(number == len(batches) - 1)
-            self._backward(batch, total, sums)
+        with self.observer.step() as timer:
+            for number, batch in enumerate(batches):
+                self._sync_gradients(number == len(batches) - 1)
+                self._backward(batch, total, sums, timer)
+        sums.waited_seconds, sums.pass_seconds = self.observer.waited_seconds(), time.perf_counter() - started
         before_update()
         self.gradients.reduce()
         sums.reduce()
+        lanes = self.observer.finish(sums.waited_share())
         grad_norm = clip_gradients(self.gradients.shards(), self.optim.grad_clip, self.mesh)
         sums.raise_unless_finite(grad_norm)
         self.optimizer.step(lr)
         self.optimizer.zero_grad()
         self._update_bias(sums.load)
-        return sums.result(grad_norm, lr, self.config.routing.top_k, time.perf_counter() - started)
+        return sums.result(grad_norm, lr, self.config.routing.top_k, time.perf_counter() - started, lanes)
 
-    def _backward(self, batch: Batch, total: int, sums: "StepSums") -> None:
+    def observe(self, serial: bool) -> None:
+        self.observer.ask(serial)
+
+    def _backward(self, batch: Batch, total: int, sums: "StepSums", timer: Timer) -> None:
         """Forward and backward of one micro-batch; its share of the global loss is its sum / total."""
-        context = self._context(batch, dict(zip(self.config.banks(), sums.carried_load, strict=True)))
+        context = replace(self._context(batch, dict(zip(self.config.banks(), sums.carried_load, strict=True))), timer=timer)
         output = self._forward(batch, context)
         nats = loss_sum(output.logits_BSV, batch)
         routing = self.config.routing

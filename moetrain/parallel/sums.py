@@ -8,6 +8,7 @@ from moetrain.dist.world import World
 from moetrain.model.config import ModelConfig
 from moetrain.parallel.engine import NonFiniteError, StepResult
 from moetrain.routing.types import RoutingStats
+from moetrain.telemetry.lanes import Lanes
 
 
 class StepSums:
@@ -24,6 +25,8 @@ class StepSums:
         self.failed = torch.zeros(world.size, dtype=torch.float64, device=world.device)
         self.num_tokens = 0
         self.num_pairs = 0
+        self.waited_seconds = 0.0  # for exchanges
+        self.pass_seconds = 0.0  # of all forward and backward passes
 
     def count_tokens(self, batches: list[Batch]) -> int:
         """Valid tokens of the global batch: known before the first backward, so every gradient has its final scale at once."""
@@ -47,11 +50,16 @@ class StepSums:
     def reduce(self) -> None:
         """Sums over ranks in one message."""
         parts = [torch.stack([self.nats, self.auxiliary, self.z, self.dropped]), self.failed, self.load.flatten().double()]
-        packed = self.world.sum_(torch.cat([*parts, self.nats.new_tensor([self.num_pairs])]))
+        packed = self.world.sum_(torch.cat([*parts, self.nats.new_tensor([self.num_pairs, self.waited_seconds, self.pass_seconds])]))
         self.nats, self.auxiliary, self.z, self.dropped = packed[:4].unbind()
         self.failed = packed[4 : 4 + self.world.size]
-        self.load = packed[4 + self.world.size : -1].view_as(self.load).long()
-        self.num_pairs = int(packed[-1])
+        self.load = packed[4 + self.world.size : -3].view_as(self.load).long()
+        num_pairs, self.waited_seconds, self.pass_seconds = packed[-3:].tolist()
+        self.num_pairs = int(num_pairs)
+
+    def waited_share(self) -> float:
+        """Of the time of all ranks' passes, once reduced."""
+        return self.waited_seconds / self.pass_seconds if self.pass_seconds else 0.0
 
     def raise_unless_finite(self, grad_norm: float) -> None:
         ranks = [rank for rank, failed in enumerate(self.failed.tolist()) if failed]
@@ -60,7 +68,7 @@ class StepSums:
         if not grad_norm < float("inf"):
             raise NonFiniteError(f"The gradient norm is {grad_norm}, although the loss is finite on every rank.")
 
-    def result(self, grad_norm: float, lr: float, top_k: int, seconds: float) -> StepResult:
+    def result(self, grad_norm: float, lr: float, top_k: int, seconds: float, lanes: Lanes | None) -> StepResult:
         tokens, layers = max(self.num_tokens, 1), max(len(self.load), 1)
         return StepResult(
             loss=float(self.nats) / tokens,
@@ -73,4 +81,6 @@ class StepSums:
             num_dropped=int(self.dropped),
             num_pairs=self.num_pairs * top_k,
             seconds=seconds,
+            waited_seconds=self.waited_seconds / self.world.size,
+            lanes=lanes,
         )

@@ -15,7 +15,7 @@ def add_parsers(subparsers: "Subparsers") -> None:
     """Registers both commands; each sets `run`, a function from the parsed arguments to an exit code."""
     plot = subparsers.add_parser(
         "plot",
-        help="draw loss, throughput, expert load and checkpoint ages of runs",
+        help="draw loss, throughput, expert load, checkpoint ages and profiled steps of runs",
         description="Draws PNG figures from the metrics of one or more runs (several are laid over each other) and prints their paths.",
     )
     plot.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folder, such as runs/gpt_moe_8e")

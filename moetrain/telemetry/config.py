@@ -17,8 +17,9 @@ class TelemetryConfig:
 
 @dataclass
 class ProfileConfig:
-    """torch.profiler over a few steps, written to trace/."""
+    """A closer look at a few steps, written to trace/."""
 
+    what: str = "trace"  # trace (torch.profiler and the lanes of computation and exchange) | comm (what exchanges cost and hide)
     start_step: int = 0  # first profiled step; 0 = off
-    num_steps: int = 3  # profiled steps
-    memory: bool = False  # record allocations too
+    num_steps: int = 3  # profiled steps; with comm, each is one serial and one overlapped step
+    memory: bool = False  # trace: record allocations too

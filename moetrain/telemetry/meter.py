@@ -29,6 +29,7 @@ class StepNumbers(Protocol):
     num_dropped: int  # pairs
     num_pairs: int
     seconds: float  # of the step itself, without data loading and hooks
+    waited_seconds: float  # of it, for exchanges with other ranks
 
 
 class Meter:
@@ -69,7 +70,7 @@ class Meter:
     def record(self, step: int, tokens: int) -> tuple[Record, np.ndarray]:
         """The record of the interval that ends with `step`, and its load int64 [layers, E]; then starts a new interval.
 
-        Losses are means over the interval weighted by tokens, `perf/step_seconds` is a mean, gradient norm and lr are the last.
+        Losses are means over the interval weighted by tokens, seconds are means, gradient norm and lr are the last.
         Needs at least one step.
         """
         steps, load_LE = self._steps, self._load_LE
@@ -94,6 +95,7 @@ class Meter:
             "perf/mfu": self.flops_per_token * rate / self.peak_flops,
             "perf/peak_memory_bytes": self.peak_memory(),
             "perf/step_seconds": sum(numbers.seconds for numbers in steps) / len(steps),
+            "perf/exchange_wait_seconds": sum(numbers.waited_seconds for numbers in steps) / len(steps),
         }
         if load_LE.size:
             even = balance(load_LE)

@@ -5,7 +5,7 @@ Pure functions from records to matplotlib figures; several runs lie over each ot
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from moetrain.telemetry.experts import Snapshot, layer_labels, load_snapshots, relative_load
+from moetrain.telemetry.lane_plot import lanes_figure
+from moetrain.telemetry.lanes import Lanes, load_lanes
 from moetrain.telemetry.record import Record, read_records, series
 
 _COLORS = ("#1f5fa8", "#d1602b", "#2f8f5b", "#8a4fa3", "#b8912b", "#4fa3a3", "#a8324a", "#6b6b6b")
@@ -28,21 +30,25 @@ class RunData:
     name: str
     records: list[Record]
     snapshots: list[Snapshot]
+    lanes: list[tuple[int, Lanes]] = field(default_factory=list)  # profiled steps of one rank
 
 
 def read_run(folder: Path) -> RunData:
-    """Raises MoetrainError when the folder holds no metrics."""
-    return RunData(folder.resolve().name, read_records(folder), load_snapshots(folder))
+    """Raises MoetrainError when the folder holds no metrics, or lanes that are none."""
+    return RunData(folder.resolve().name, read_records(folder), load_snapshots(folder), load_lanes(folder))
 
 
 def write_plots(runs: list[RunData], out: Path) -> list[Path]:
-    """Draws every figure as PNG into `out`; the files, in reading order."""
+    """Draws every figure as PNG into `out`, and the lanes of each run that has a profile; the files, in reading order."""
     out.mkdir(parents=True, exist_ok=True)
-    figures = {"loss": loss, "throughput": throughput, "experts": experts, "checkpoints": checkpoints}
+    figures = {"loss": loss(runs), "throughput": throughput(runs), "experts": experts(runs), "checkpoints": checkpoints(runs)}
+    profiled = [run for run in runs if run.lanes]
+    for number, run in enumerate(profiled):
+        figures["lanes" if number == 0 else f"lanes-{number + 1}"] = lanes_figure(run.name, run.lanes)
     files = []
-    for name, draw in figures.items():
+    for name, figure in figures.items():
         file = out / f"{name}.png"
-        draw(runs).savefig(file, dpi=130)
+        figure.savefig(file, dpi=130)
         files.append(file)
     return files
 

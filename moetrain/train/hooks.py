@@ -16,6 +16,7 @@ from moetrain.checkpoint.interval import Costs
 from moetrain.checkpoint.recover import LoadReport
 from moetrain.checkpoint.status import Status
 from moetrain.parallel.engine import StepResult
+from moetrain.telemetry.comm import CommProfiler
 from moetrain.telemetry.config import ProfileConfig, TelemetryConfig
 from moetrain.telemetry.experts import Snapshot, save_snapshot
 from moetrain.telemetry.profile import Profiler
@@ -175,11 +176,11 @@ class SaveHook:
 
 
 class ProfileHook:
-    """torch.profiler on every rank over the configured steps."""
+    """A profile of the configured steps on every rank: torch.profiler with lanes, or what exchanges cost (`profile.what`)."""
 
     def __init__(self, config: ProfileConfig) -> None:
         self.config = config
-        self._profiler: Profiler | None = None
+        self._profiler: Profiler | CommProfiler | None = None
 
     def on_start(self, run: Run) -> None:
         if self.config.start_step < 1:
@@ -188,16 +189,25 @@ class ProfileHook:
             sentence = "profile.start_step=%d lies before step %d, with which this run goes on: nothing is profiled."
             logger("train").warning(sentence, self.config.start_step, run.progress.step + 1)
             return
-        self._profiler = Profiler(self.config, run.folder, run.world.rank)
+        kind = CommProfiler if self.config.what == "comm" else Profiler
+        self._profiler = kind(self.config, run.folder, run.world.rank)
         self._profiler.after(run.progress.step)
+        self._ask(run)
 
     def on_step(self, run: Run, result: StepResult) -> None:
         if self._profiler is not None:
-            self._profiler.after(run.progress.step)
+            self._profiler.after(run.progress.step, result.seconds, result.lanes)
+            self._ask(run)
 
     def on_finish(self, run: Run, reason: str) -> None:
         if self._profiler is not None:
             self._profiler.stop()
+
+    def _ask(self, run: Run) -> None:
+        assert self._profiler is not None
+        serial = self._profiler.asks(run.progress.step + 1)
+        if serial is not None:
+            run.engine.observe(serial)
 
 
 class EventHook:

@@ -78,6 +78,10 @@ class FakeCheckpoint:
 class FakeEngine:
     def __init__(self) -> None:
         self.generated: list[tuple[list[int], int, int]] = []
+        self.observed: list[bool] = []
+
+    def observe(self, serial: bool) -> None:
+        self.observed.append(serial)
 
     def state(self) -> str:
         return "the state"
@@ -318,6 +322,13 @@ def test_events_say_how_a_run_began_and_ended(tmp_path: Path) -> None:
 def test_every_rank_writes_its_profile(tmp_path: Path, rank: int) -> None:
     Bench(tmp_path, rank=rank).drive(ProfileHook(ProfileConfig(start_step=2, num_steps=1)), 4)
     assert [file.name for file in (tmp_path / "trace").iterdir()] == [f"rank{rank}.json"]
+
+
+def test_profiled_steps_and_no_others_are_observed(tmp_path: Path) -> None:
+    trace = Bench(tmp_path).drive(ProfileHook(ProfileConfig(start_step=2, num_steps=3)), 8)
+    assert trace.engine.observed == [False] * 3
+    comm = Bench(tmp_path).drive(ProfileHook(ProfileConfig(what="comm", start_step=1, num_steps=2)), 8)
+    assert comm.engine.observed == [True, False, True, False]
 
 
 @contextmanager

@@ -24,6 +24,7 @@ class Step:
     num_dropped: int = 1
     num_pairs: int = 10
     seconds: float = 0.75
+    waited_seconds: float = 0.25
 
 
 def meter(clock: FakeClock) -> Meter:
@@ -46,6 +47,7 @@ def test_one_step_is_recorded_as_it_was() -> None:
         "perf/mfu": 0.25,
         "perf/peak_memory_bytes": 77,
         "perf/step_seconds": 0.75,
+        "perf/exchange_wait_seconds": 0.25,
         "moe/auxiliary_loss": 1.0,
         "moe/z_loss": 0.5,
         "moe/load_max_over_mean": 1.5,
