@@ -9,6 +9,7 @@ import hydra
 from omegaconf import DictConfig
 
 from moetrain.base.errors import BundleError, ConfigError, MissingExtraError, MoetrainError, PlanError
+from moetrain.base.memory import keep_freed_memory
 from moetrain.config import EXPLAINED, TrainConfig, as_config_error, check, conf_folder, print_plan, register, to_config
 
 EXIT_MISTAKE = 2
@@ -58,6 +59,7 @@ def start(config: TrainConfig) -> int:
             print_plan(config, config.debug.world or world)
         return 0
     check(config, world)
+    keep_freed_memory()
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from moetrain.build import train
