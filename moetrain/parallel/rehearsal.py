@@ -34,7 +34,8 @@ def rehearse(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConf
     with torch.random.fork_rng(devices=[]), Rehearsal(engine.world) as stage:
         stage.note(facts(engine.config, settings, shape))
         plain = replace(settings, compile=False, autocast="off" if engine.autocast is None else "bfloat16")
-        twin = TorchEngine(small(engine.config), parallel, plain, engine.optim, stage, Mesh(stage, engine.mesh.ep.size))
+        ep = engine.mesh.ep.size
+        twin = TorchEngine(small(engine.config, ep), parallel, plain, engine.optim, stage, Mesh(stage, ep))
         twin.initialize(seed=0)
         twin.step([_batch()] * min(shape.accumulation, 2), 0.0, lambda: None)
     return stage
@@ -50,12 +51,13 @@ def facts(model: ModelConfig, settings: EngineConfig, shape: Shape) -> str:
     )
 
 
-def small(model: ModelConfig) -> ModelConfig:
-    """The same model at the least widths: what decides which calls a step makes, not how long they take."""
+def small(model: ModelConfig, ep: int) -> ModelConfig:
+    """The same model with the least widths and experts: what decides which calls a step makes, not how long they take."""
     attention = replace(model.attention, num_heads=1, num_kv_heads=1, head_dim=WIDTH)
+    num_experts = min(model.routing.num_experts, max(2 * ep, 2 * model.routing.top_k))
     return replace(
         model, vocab_size=TOKENS, hidden_size=WIDTH, ffn_size=WIDTH, expert_ffn_size=WIDTH, shared_ffn_size=WIDTH, max_position=TOKENS,
-        attention=attention,
+        attention=attention, routing=replace(model.routing, num_experts=num_experts),
     )  # fmt: skip
 
 

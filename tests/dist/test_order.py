@@ -13,7 +13,7 @@ from moetrain.dist.comm import Exchange
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.order import Rehearsal, compare
 from moetrain.dist.world import World
-from moetrain.model.config import AttentionConfig, ModelConfig
+from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
 from moetrain.optim.clip import Kind
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
@@ -34,8 +34,16 @@ def model_config(hidden_size: int = 16) -> ModelConfig:
     return ModelConfig(vocab_size=31, hidden_size=hidden_size, num_layers=3, pattern=["scmoe", "moe"], attention=attention, routing=routing)
 
 
-def engine_of(world: World, parallel: ParallelConfig, hidden_size: int = 16) -> TorchEngine:
-    return TorchEngine(model_config(hidden_size), parallel, SETTINGS, OptimConfig(grad_clip=1.0), world, Mesh(world, parallel.ep))
+EVERY_KIND = ["dense", "moe", "shared", "shortcut", "scmoe", "dgmoe", "dgmoe"]  # the last two pairs share a bank
+
+
+def every_kind() -> ModelConfig:
+    shortcut = ShortcutConfig(positions=[1, 2, 3], pairs_per_bank=2)
+    return replace(model_config(), num_layers=10, pattern=EVERY_KIND, shared_gate="cg2", shortcut=shortcut)
+
+
+def engine_of(world: World, parallel: ParallelConfig, model: ModelConfig | None = None) -> TorchEngine:
+    return TorchEngine(model or model_config(), parallel, SETTINGS, OptimConfig(grad_clip=1.0), world, Mesh(world, parallel.ep))
 
 
 class NothingTravels:
@@ -74,7 +82,7 @@ def refused(check: Callable[[], None]) -> str:
 def every_fold(world: World) -> list[str]:
     folds = [ParallelConfig(ep=ep, dense=dense) for ep, dense in ((1, "fsdp"), (2, "fsdp"), (2, "replicate"), (4, "replicate"))]
     state = torch.random.get_rng_state()
-    engines = [engine_of(world, fold) for fold in folds]
+    engines = [engine_of(world, fold, every_kind() if fold.ep == 2 else None) for fold in folds]
     sentences = [refused(lambda f=f, e=e: check_order(e, f, SETTINGS, SHAPE)) for f, e in zip(folds, engines, strict=True)]
     assert torch.equal(torch.random.get_rng_state(), state)
     world.barrier("the real groups still work")
@@ -117,7 +125,7 @@ def experts_first(gradients: GradientSync) -> None:
 def other_sizes(world: World) -> list[str]:
     """Rank 1 has another width, then one micro-batch more; without the check nobody is refused."""
     parallel = ParallelConfig(ep=2)
-    wide = engine_of(world, parallel, hidden_size=16 + 8 * (world.rank == 1))
+    wide = engine_of(world, parallel, model_config(hidden_size=16 + 8 * (world.rank == 1)))
     same = engine_of(world, parallel)
     longer = replace(SHAPE, accumulation=2 + (world.rank == 1))
     unchecked = replace(parallel, check_order=False)

@@ -36,7 +36,7 @@ def held_and_moved(world: World, ep: int, dense: str) -> tuple[int, int]:
     real = comm.launch
 
     def counted(name: str, rows: Tensor, send_sizes: list[int], receive_sizes: list[int], axis: Axis) -> comm.Flight:
-        if rows.ndim == 2:
+        if rows.is_floating_point():
             moved.append(rows.numel() * rows.element_size())
         return real(name, rows, send_sizes, receive_sizes, axis)
 

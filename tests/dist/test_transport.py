@@ -7,11 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moetrain.data.batch import Batch
 from moetrain.dist.comm import CountExchange, Exchange, launch
-from moetrain.dist.mesh import Axis
+from moetrain.dist.mesh import Axis, Mesh
 from moetrain.dist.transport import SMALLEST_CHUNK_BYTES, Blocking, Collective, Null, PointToPoint, Transport
 from moetrain.dist.world import World
+from moetrain.model.config import AttentionConfig, ModelConfig
+from moetrain.optim.config import OptimConfig
 from moetrain.parallel.alltoall import AllToAllDispatcher
+from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.native import TorchEngine
+from moetrain.routing.config import RoutingConfig
 from moetrain.routing.placement import Placement
 from tests.dist.test_alltoall import make_routing
 from tests.kit import run_ranks
@@ -161,6 +167,29 @@ def chunks_share_one_count_exchange(axis: Axis) -> None:
         assert torch.equal(rows, alone) and torch.equal(count_e, alone_e)
 
 
+def sent_in_a_step(world: World, wire_dtype: str) -> tuple[int, float]:
+    """Bytes of rows that one training step sends, by `parallel.wire_dtype`, and its gradient norm."""
+    model = ModelConfig(
+        vocab_size=16, hidden_size=16, num_layers=1, pattern=["moe"], expert_ffn_size=8, max_position=8,
+        attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=16), routing=RoutingConfig(num_experts=4, top_k=2),
+    )  # fmt: skip
+    mesh = Mesh(world, world.size)
+    parallel = ParallelConfig(ep=world.size, wire_dtype=wire_dtype)
+    engine = TorchEngine(model, parallel, EngineConfig(autocast="off"), OptimConfig(), world, mesh)
+    engine.initialize(seed=3)
+    blocking = mesh.ep.link.transport = Blocking(PointToPoint())
+    tokens_BS = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(world.rank))
+    batch = Batch(tokens_BS, tokens_BS, torch.ones(2, 8, dtype=torch.bool), torch.arange(8).expand(2, 8), None)
+    norm = engine.step([batch], 1e-3, lambda: None).grad_norm
+    return sum(sum(sizes) for name, sizes in blocking.sent_bytes.items() if "rows" in name), norm
+
+
+def half_the_bytes_in_a_step(world: World) -> None:
+    (whole, exact), (half, rounded) = (sent_in_a_step(world, wire_dtype) for wire_dtype in ("same", "bfloat16"))
+    assert whole == 2 * half > 0
+    assert rounded != exact and abs(rounded - exact) < 0.02 * exact
+
+
 def check_all(world: World) -> str:
     for axis in axes(world):
         if axis.size > 1:
@@ -171,6 +200,7 @@ def check_all(world: World) -> str:
             on_the_wire(axis)
             without_peers(axis)
         chunks_share_one_count_exchange(axis) if axis.size > 1 else journey(axis, PointToPoint(), torch.ones(2, 1), [2], [2])
+    half_the_bytes_in_a_step(world)
     return "equal"
 
 

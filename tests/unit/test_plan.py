@@ -153,6 +153,18 @@ def test_all_to_all_counts_every_row_out_and_back_and_both_gradients() -> None:
     assert all_to_all_bytes(tiny(capacity_factor=0.5), Axes(4, 4), batch, 4, low_precision=False) == rows / 2 * hidden * 4 * 4
 
 
+def test_rows_in_bfloat16_on_the_wire_are_planned() -> None:
+    saving, batch = Saving(NOTHING, 1, 0, 1), Batch(4, 16, 1, 1)
+    exact, bfloat16 = EngineConfig(autocast="off"), EngineConfig(autocast="bfloat16")
+    planned = {
+        (wire, engine.autocast): make_plan(tiny(), ParallelConfig(wire_dtype=wire), engine, Axes(4, 4), batch, saving, 64).all_to_all_bytes
+        for wire in ("same", "bfloat16")
+        for engine in (exact, bfloat16)
+    }
+    assert planned["same", "off"] == 2 * planned["bfloat16", "off"]
+    assert planned["same", "bfloat16"] == 1.5 * planned["bfloat16", "bfloat16"]  # rows back are in bfloat16 already
+
+
 @pytest.mark.parametrize("bias_rate", [0.0, 0.001])
 def test_full_checkpoint_is_the_state_of_the_real_engine(bias_rate: float) -> None:
     from moetrain.dist.mesh import Mesh
