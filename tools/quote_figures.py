@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([\w.]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
+ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([^`:]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
 
 
 def figure(root: Path, file: str, key: str, style: str | None) -> str:
