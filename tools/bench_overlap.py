@@ -12,6 +12,9 @@ with the same number of chunks must be equal to the bit. tools/overlap_cases.py 
     schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks
     peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
     transport   all-to-alls alone
+    adaptive    the schedule that the planner chooses beside every other, at several sizes
+    steps       whole training steps by the engine, gradient reduction and update included
+    change      a run under the planner whose link gets another rate (--to)
 
 Results are added to the JSON file under the name of group, point and routing. Plot: python -m tools.overlap_plot FILE.json IMAGE.png
 """
@@ -20,6 +23,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -31,16 +35,19 @@ from pathlib import Path
 
 from tools import overlap_figures
 from tools.hosts import Host, two_hosts
+from tools.overlap_adaptive import adaptive_summary, change_summary
 from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Run
-from tools.overlap_rank import Job
+from tools.overlap_figures import interval
+from tools.overlap_rank import PARTS, Job
+from tools.overlap_step import step_lines, step_summary
 from tools.overlap_transport import summary
 
 LIMIT_SECONDS = 900.0
 WAIT_SECONDS = 120.0  # for the machine to become quiet
 
 
-def run_job(hosts: tuple[Host, Host], job: Job, folder: Path) -> list[dict]:
-    """What both ranks found. Raises SystemExit with the end of a log when one fails."""
+def run_job(hosts: tuple[Host, Host], job: Job, folder: Path, next_rate: str = "") -> list[dict]:
+    """What both ranks found. The link changes to `next_rate` when a rank asks for it. SystemExit with the end of the logs if one fails."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)))
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path.cwd())}
@@ -52,6 +59,10 @@ def run_job(hosts: tuple[Host, Host], job: Job, folder: Path) -> list[dict]:
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         if any(process.returncode for process in processes):
             break
+        if (folder / "change").exists():
+            for host in hosts:
+                host.limit(next_rate)
+            (folder / "change").unlink()
         time.sleep(0.1)
     if any(process.poll() != 0 for process in processes):
         logs = [(folder / f"rank-{rank}.log").read_text()[-3000:] for rank in range(len(hosts))]
@@ -79,12 +90,23 @@ def figures_of(part: str, found: list[dict]) -> dict[str, object]:
         return overlap_figures.schedules(found)
     if part == "peers":
         return overlap_figures.peers(found, Run(DEEPSPEED, SERIAL).name, Run(DEEPSPEED, STOCK).name)
-    return summary(found)
+    return {"transport": summary, "adaptive": adaptive_summary, "change": change_summary, "steps": step_summary}[part](found)
 
 
 def table(part: str, found: list[dict], figures: dict) -> Iterator[str]:
     if part == "transport":
         yield from (f"{name:24} {', '.join(f'{key} {value:.4g}' for key, value in row.items())}" for name, row in figures["ways"].items())
+        return
+    if part == "adaptive":
+        for name, row in figures["cases"].items():
+            worst = f"the worst schedule {row['worst_over_best']:.2f}"
+            yield f"{name:36} chosen {row['chosen']:6} best {row['best']:6} over the best {interval(row['regret'])}, {worst}"
+        return
+    if part == "steps":
+        yield from step_lines(figures)
+        return
+    if part == "change":
+        yield ", ".join(f"{name} {value if isinstance(value, str | int) else round(value, 3)}" for name, value in figures.items())
         return
     yield from overlap_figures.lines(found, figures)
     worst = max(error for rank in found for error in rank["errors"].values())
@@ -104,21 +126,24 @@ def versions() -> dict[str, str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*GROUPS, "transport"])
+    parser.add_argument("part", choices=[*GROUPS, *PARTS])
     parser.add_argument("--point", choices=POINTS, default="60", help="which part of top-2's MoE time is exchange (default: %(default)s)")
     parser.add_argument("--routing", choices=("even", "real"), default="even", help="forced balance, or as the gates choose")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
+    parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.5, help="highest load average to begin at (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a size for a test")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # hosts are taken down on the way out
     point = POINTS[options.point]
     size = SMALL if options.small else point.size
     size = replace(size, pairs=options.pairs or size.pairs)
     load = wait_until_quiet(options.load)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
-        found = run_job(hosts, Job(options.part, folder, options.rounds, options.routing == "even", size), Path(folder))
+        job = Job(options.part, folder, options.rounds, options.routing == "even", size, options.small)
+        found = run_job(hosts, job, Path(folder), options.to)
     figures = figures_of(options.part, found)
     title = f"{options.part}, point {options.point}, {options.routing} routing"
     print(title, f"({point.rate or 'no limit'}, width {size.hidden}, FFN {size.ffn}, {size.tokens} tokens a rank, load {load:.2f})")

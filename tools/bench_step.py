@@ -57,11 +57,17 @@ VARIANTS = {
 
 
 def model_config(experiment: str) -> ModelConfig:
-    """An experiment's model as Hydra composes it (a test compares): its option of conf/model, then its own `model` keys."""
-    chosen = yaml.safe_load((CONF / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"))
-    options = [entry["override /model"] for entry in chosen.get("defaults", []) if "override /model" in entry]
-    file = CONF / "model" / f"{(options or [DEFAULT_MODEL])[0]}.yaml"
-    return ModelConfig.from_dict((yaml.safe_load(file.read_text(encoding="utf-8")) or {}) | chosen.get("model", {}))
+    """An experiment's model as Hydra composes it (a test compares): its options of conf/model and conf/routing, then its `model` keys."""
+    chosen = read_yaml(CONF / "experiment" / f"{experiment}.yaml")
+    options = {key: option for entry in chosen.get("defaults", []) for key, option in entry.items()}
+    values = read_yaml(CONF / "model" / f"{options.get('override /model', DEFAULT_MODEL)}.yaml") | chosen.get("model", {})
+    if routing := options.get("override /routing"):
+        values["routing"] = values.get("routing", {}) | read_yaml(CONF / "routing" / f"{routing}.yaml")
+    return ModelConfig.from_dict(values)
+
+
+def read_yaml(path: Path) -> dict:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) or {}
 
 
 def tiny(config: ModelConfig) -> ModelConfig:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moetrain.dist.mesh import Axis
+from moetrain.dist.mesh import Axis, Mesh
 from moetrain.dist.transport import Blocking, Collective, Null, PointToPoint, Transport, Work
 from tools.overlap_cases import NULL, OVERLAPPED, REST, SERIAL, STOCK
 from tools.overlap_unit import Lap, Unit
@@ -46,16 +46,15 @@ class Noting:
 
 
 class Arms:
-    """The transports of one axis by arm. All real ones are over the same PointToPoint, but for the stock one."""
+    """The transports of the expert-parallel axis by arm. All real ones are over the same PointToPoint, but for the stock one."""
 
-    def __init__(self, axis: Axis) -> None:
-        self.axis = axis
+    def __init__(self, mesh: Mesh) -> None:
+        self.mesh, self.axis = mesh, mesh.ep
         self.fast = PointToPoint()
-        self.serial = Blocking(self.fast)
         # Counts travel in the null arm too: under uneven routing every rank must compute as many rows as with the link.
         null = Null(counts=self.fast)
         self._transports: dict[str, Transport] = {
-            SERIAL: self.serial, OVERLAPPED: self.fast, NULL: null, REST: null, STOCK: Blocking(Collective()),
+            SERIAL: Blocking(self.fast), OVERLAPPED: self.fast, NULL: null, REST: null, STOCK: Blocking(Collective()),
         }  # fmt: skip
 
     @contextlib.contextmanager

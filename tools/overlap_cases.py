@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
 from moetrain.routing.config import RoutingConfig
 
+NUM_WORDS = 2048
 INIT_STD = 0.05  # large enough that every path shows in the output
 TOP_2, TOP_1, SHARED = "top-2", "top-1", "shared expert"
 POSITIONS = {"ScMoE Pos-1": 1, "ScMoE Pos-2": 2, "ScMoE Pos-3": 3}

@@ -1,8 +1,8 @@
 """What the laps of tools/bench_overlap.py say: ratios round by round, how much of the exchange was hidden, and how much could have been.
 
 `found`: what every rank found: {"laps": {run: {part: [seconds of every round]}}, "window": {model: {part: seconds}}, ...}. The unit lasts
-as long as its slower rank. An exchange can be hidden under the window, the computations that stand between its start and the experts or
-between the experts and its end; what the transport itself takes of the CPU cannot be won, so bounds and ceilings leave it out.
+as long as its slower rank. An exchange can be hidden under the window: the main stream's computations and, in c token chunks, the share
+(c - 1) / c of the experts' own. What the transport itself takes of the CPU cannot be won, so bounds and ceilings leave it out.
 """
 
 import statistics
@@ -55,24 +55,36 @@ def best(found: list[dict], model: str, arm: str = OVERLAPPED) -> str:
     return min(runs_of(found, model, arm), key=lambda name: middle(found, name))
 
 
+def bests(found: list[dict], model: str) -> list[str]:
+    """The fastest overlapped run, and the fastest of those in one chunk."""
+    plain = [name for name in runs_of(found, model, OVERLAPPED) if "+" not in name]
+    return list(dict.fromkeys([best(found, model), min(plain, key=lambda name: middle(found, name))]))
+
+
 def tax(found: list[dict], overlapped: str, null: str, parts: Sequence[str] = PARTS) -> float:
     """CPU seconds of the transport in one lap: what the overlapped arm takes beyond the null one."""
     cpu = (series(found, run, parts, "_cpu") for run in (overlapped, null))
     return max(0.0, statistics.median(differences(*cpu)))
 
 
-def hiding(found: list[dict], model: str, exchange: str) -> dict[str, dict[str, object]]:
-    """By part: what was hidden, what could be, and how near the one comes to the other. `exchange`: the run that is exchange only."""
-    serial, null, overlapped = runs_of(found, model, SERIAL)[0], runs_of(found, model, NULL)[0], best(found, model)
+def window(found: list[dict], model: str, run: str, part: str) -> float:
+    """Seconds that the exchanges of this run may hide under, the slower rank's."""
+    chunks = 1 + run.count("+")
+    return max(its["main"] + its["experts"] * (chunks - 1) / chunks for its in (rank["window"][model][part] for rank in found))
+
+
+def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dict[str, dict[str, object]]:
+    """By part: what this run hid, what it could, and how near the one comes to the other. `exchange`: the run that is exchange only."""
+    serial, null = runs_of(found, model, SERIAL)[0], runs_of(found, model, NULL)[0]
     figures: dict[str, dict[str, object]] = {}
     for part in PARTS:
         times = {run: series(found, run, [part]) for run in (serial, null, overlapped)}
         hidden = estimate(differences(times[serial], times[overlapped]), differences(times[serial], times[null]))
-        comm, window = middle(found, exchange, [part]), max(rank["window"][model][part] for rank in found)
+        comm, room = middle(found, exchange, [part]), window(found, model, overlapped, part)
         cost = tax(found, overlapped, null, [part])
-        bound = max(0.0, min(window, comm) - cost) / comm
+        bound = max(0.0, min(room, comm) - cost) / comm
         figures[part] = {
-            "comm": comm, "window": window, "tax": cost, "fits": comm <= window, "hidden": hidden, "bound": bound,
+            "comm": comm, "window": room, "tax": cost, "fits": comm <= room, "hidden": hidden, "bound": bound,
             "exposed": statistics.median(differences(times[overlapped], times[null])),
             "efficiency": {key: value / bound if bound else 0.0 for key, value in hidden.items()},
         }  # fmt: skip
@@ -104,8 +116,8 @@ def opponents(found: list[dict]) -> dict[str, object]:
     }
     ratios = {name: ratio(found, slow, fast) for name, (slow, fast) in others.items()}
     exchange = Run(SCMOE, EXCHANGE).name
-    hidden = {model: hiding(found, model, exchange) for model in (SCMOE, SHARED)}
-    lowest = ceiling(found, SCMOE, hidden[SCMOE])
+    hidden = {run: hiding(found, model, run, exchange) for model in (SCMOE, SHARED) for run in bests(found, model)}
+    lowest = ceiling(found, SCMOE, hidden[mine])
     ceilings = {name: middle(found, slow) / lowest for name, (slow, _) in others.items() if name != "A/A"}
     reached = ratio(found, serial, mine)
     return {
@@ -150,10 +162,10 @@ def lines(found: list[dict], figures: dict) -> Iterator[str]:
     for name, figure in figures["ratios"].items():
         limit = f", ceiling {figures['ceilings'][name]:.2f}" if name in figures.get("ceilings", {}) else ""
         yield f"{name:60} {interval(figure)}{limit}"
-    for model, parts in figures.get("hiding", {}).items():
+    for run, parts in figures.get("hiding", {}).items():
         for part, one in parts.items():
             times = ", ".join(f"{key} {1e3 * one[key]:.1f} ms" for key in ("comm", "window", "tax", "exposed"))
-            yield f"{model} {part}: {times}, hidden {interval(one['hidden'])} of at most {one['bound']:.2f}: {interval(one['efficiency'])}"
+            yield f"{run} {part}: {times}, hidden {interval(one['hidden'])} of at most {one['bound']:.2f}: {interval(one['efficiency'])}"
 
 
 def interval(figure: Figure) -> str:

@@ -11,15 +11,18 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
+from tools.overlap_adaptive import adaptive, change
 from tools.overlap_arms import Arms, Shipment, counted
 from tools.overlap_cases import DEEPSPEED, EXCHANGE, GROUPS, MODELS, NULL, OVERLAPPED, SERIAL, Run, Size
 from tools.overlap_deepspeed import DeepSpeedUnit, difference
+from tools.overlap_step import steps
 from tools.overlap_transport import transport
 from tools.overlap_unit import Lap, Unit, reference_error
 from tools.overlap_window import Stopwatch
@@ -30,13 +33,14 @@ WORLD = 2
 
 @dataclass
 class Job:
-    """What a rank is to do. `part`: a group of runs, or `transport`."""
+    """What a rank is to do. `part`: a group of runs, or one of PARTS."""
 
     part: str
     folder: str
     rounds: int
     evenly: bool
     size: Size
+    small: bool  # a test
 
     @classmethod
     def read(cls, path: Path) -> "Job":
@@ -111,18 +115,20 @@ class Laps:
                     laps[run.name].append(lap)
         return {name: {part: [asdict(lap)[part] for lap in its] for part in asdict(its[0])} for name, its in laps.items()}
 
-    def windows(self) -> dict[str, dict[str, float]]:
-        """By model: seconds of the computations that exchanges may hide under, without an exchange beside them."""
+    def windows(self) -> dict[str, dict[str, dict[str, float]]]:
+        """By model and pass: seconds of the computations that exchanges may hide under, and of the experts; no exchange beside them."""
         found = {}
         for run in (run for run in self.runs if run.arm == NULL):
-            self.units[run.model].schedule(run.slots)
-            laps = []
+            unit, laps = self.units[run.model], []
+            unit.schedule(run.slots)
             for _ in range(5):
                 watch = Stopwatch()
                 with self.arms.use(NULL):
-                    self.units[run.model].lap(self.rank, self.arms.barrier, timer=watch)
-                laps.append(watch.window(self.units[run.model].window_names()))
-            found[run.model] = {part: statistics.median(lap[part] for lap in laps) for part in laps[0]}
+                    unit.lap(self.rank, self.arms.barrier, timer=watch)
+                laps.append(watch.window(unit.window_names()))
+            found[run.model] = {
+                part: {kind: statistics.median(lap[part][kind] for lap in laps) for kind in its} for part, its in laps[0].items()
+            }
         return found
 
     def bytes_on_wire(self, interface: str) -> dict[str, dict[str, int]]:
@@ -144,7 +150,7 @@ def digest(unit: Unit) -> str:
 
 def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
     """Everything about one group of runs."""
-    runs = [run for run in GROUPS[job.part]() if run.model != DEEPSPEED or has_deepspeed()]
+    runs = [run for run in GROUPS[job.part]() if run.model != DEEPSPEED or find_spec("deepspeed")]
     group = Laps(job, arms, runs)
     gc.freeze()  # a collection before every lap looks at that lap's objects only
     checked = group.check()
@@ -153,10 +159,12 @@ def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
     return checked | {"bytes": wire, "busiest": busiest, "window": group.windows(), "laps": group.rounds()}
 
 
-def has_deepspeed() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("deepspeed") is not None
+PARTS: dict[str, Callable[[Job, Arms], dict[str, object]]] = {
+    "transport": lambda job, arms: transport(arms, job.rounds),
+    "adaptive": lambda job, arms: adaptive(arms, job.rounds, job.evenly, job.small),
+    "steps": lambda job, arms: steps(arms, job.rounds, job.size),
+    "change": lambda job, arms: change(arms, job.rounds, job.evenly, job.size, Path(job.folder)),
+}
 
 
 def main(job: Job, rank: int) -> None:
@@ -164,10 +172,9 @@ def main(job: Job, rank: int) -> None:
     os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
     folder, interface = Path(job.folder), os.environ.get("OVERLAP_INTERFACE", "")
     with World.from_file(folder / "meeting", rank, WORLD, 300.0) as world:
-        arms = Arms(Mesh(world, WORLD).ep)
-        work: Callable[[], dict[str, object]]
-        work = (lambda: transport(arms, job.rounds)) if job.part == "transport" else (lambda: laps(job, arms, interface))
-        (folder / f"found-{rank}.json").write_text(json.dumps(work()))
+        arms = Arms(Mesh(world, WORLD))
+        found = PARTS[job.part](job, arms) if job.part in PARTS else laps(job, arms, interface)
+        (folder / f"found-{rank}.json").write_text(json.dumps(found))
         world.barrier("the end")
 
 

@@ -27,10 +27,9 @@ from moetrain.routing.config import RoutingConfig
 from moetrain.routing.placement import Placement
 from moetrain.routing.select import TopK
 from moetrain.routing.types import GateScores, Routing, RoutingContext
-from tools.overlap_cases import REST, Size, model_of
+from tools.overlap_cases import NUM_WORDS, REST, Size, model_of
 
 AUXILIARY_WEIGHT = 0.01
-NUM_WORDS = 2048
 
 
 @dataclass

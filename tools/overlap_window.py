@@ -24,10 +24,16 @@ class Stopwatch:
         self.forward[name] = self.forward.get(name, 0.0) + time.perf_counter() - started
         return output
 
-    def window(self, names: Collection[str]) -> dict[str, float]:
-        """Seconds of these computations by pass."""
+    def window(self, names: Collection[str]) -> dict[str, dict[str, float]]:
+        """By pass: seconds of these computations, and of the experts."""
         passes = {"forward": self.forward, "backward": self.backward}
-        return {part: sum(its[name] for name in names) for part, its in passes.items()}
+        return {
+            part: {
+                "main": sum(its[name] for name in names),
+                "experts": sum(seconds for name, seconds in its.items() if name.endswith("/experts")),
+            }
+            for part, its in passes.items()
+        }
 
 
 class _Begin(torch.autograd.Function):

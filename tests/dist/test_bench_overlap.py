@@ -1,0 +1,117 @@
+"""The unit of tools/bench_overlap.py on two processes: all arms run, what they compute is checked, and what is wrong is not timed."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from moetrain.dist.mesh import Axis, Mesh
+from moetrain.dist.transport import PointToPoint, Work
+from moetrain.dist.world import World
+from tests.kit import run_ranks
+from tools.overlap_arms import Arms, counted
+from tools.overlap_cases import GROUPS, OVERLAPPED, SCMOE, SERIAL, SMALL, TOP_2, Run
+from tools.overlap_rank import Job, Laps, laps
+from tools.overlap_transport import summary, transport
+from tools.overlap_unit import Unit, balanced
+
+
+def job(part: str, evenly: bool = True) -> Job:
+    return Job(part, "", 1, evenly, SMALL, True)
+
+
+def everything(world: World) -> dict:
+    """All of this page in one start of two processes."""
+    arms = Arms(Mesh(world, world.size))
+    return {
+        "even": laps(job("opponents", True), arms, "lo"),
+        "real": laps(job("opponents", False), arms, "lo"),
+        "exchanges": exchanges(arms),
+        "transport": transport(arms, 1),
+        "wrong": with_a_wrong_transport(arms),
+    }
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    return run_ranks(everything, 2, tmp_path_factory.mktemp("overlap"))
+
+
+class LosesARow(PointToPoint):
+    """A transport that leaves the first received row unwritten."""
+
+    def launch(
+        self, name: str, sent: Tensor, received: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], axis: Axis
+    ) -> Work:
+        work = super().launch(name, sent, received, send_sizes, receive_sizes, axis)
+        work.wait()
+        if received.is_floating_point():
+            received[0] = 0
+        return work
+
+
+def with_a_wrong_transport(arms: Arms) -> str:
+    arms._transports[OVERLAPPED] = LosesARow()
+    try:
+        Laps(job("opponents"), arms, [Run(SCMOE, SERIAL, (3,)), Run(SCMOE, OVERLAPPED, (3,))]).check()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def exchanges(arms: Arms) -> list[list[tuple[str, int]]]:
+    unit = Unit(TOP_2, SMALL, arms.axis)
+    unit.decide(True, arms.axis.index)
+    parts = arms.shipments(unit)
+    lap = arms.exchange_only(*parts)
+    assert lap.forward > 0 and lap.backward > 0
+    return [[(one.name, one.bytes_out(arms.axis.index)) for one in part] for part in parts]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("routing", ["even", "real"])
+def test_every_run_is_right_and_timed_in_all_its_parts(found: list[dict], routing: str) -> None:
+    for its in (rank[routing] for rank in found):
+        assert list(its["laps"]) == [run.name for run in GROUPS["opponents"]()]
+        assert all(len(lap[part]) == 1 and lap[part][0] > 0 for lap in its["laps"].values() for part in ("forward", "backward"))
+        assert max(its["errors"].values()) < 2e-5
+        assert ["ScMoE Pos-2 S 3", "ScMoE Pos-2 O 2", "ScMoE Pos-2 O 3"] in its["equal"].values()
+        assert all(part["main"] > 0 and part["experts"] > 0 for part in its["window"][SCMOE].values())
+        assert (its["busiest"][SCMOE] == 1) is (routing == "even")
+        assert its["bytes"]["ScMoE Pos-2 O 3"]["counted"] >= its["bytes"]["ScMoE Pos-2 O 3"]["expected"] > 0
+
+
+@pytest.mark.dist
+def test_a_transport_that_loses_a_row_is_not_timed(found: list[dict]) -> None:
+    for rank in found:
+        assert "off by {'ScMoE Pos-2 O 3'" in rank["wrong"] and "equal to the bit: [{" in rank["wrong"]
+
+
+@pytest.mark.dist
+def test_the_exchanges_made_alone_are_those_of_the_unit(found: list[dict]) -> None:
+    """Even routing sends half of N k rows of D float32 values to the other rank, four times; counts go once."""
+    rows = SMALL.tokens * 2 * SMALL.hidden * 4 // 2
+    counts = SMALL.experts // 2 * 8
+    for forward, backward in (rank["exchanges"] for rank in found):
+        assert forward == [("expert counts", counts), ("rows to experts", rows), ("rows from experts", rows)]
+        assert backward == [("gradient of rows from experts", rows), ("gradient of rows to experts", rows)]
+
+
+@pytest.mark.dist
+def test_all_to_alls_alone_are_measured_beside_one_stream(found: list[dict]) -> None:
+    ways = summary([rank["transport"] for rank in found])["ways"]
+    assert isinstance(ways, dict) and len(ways) == 7
+    assert all(row["of the line"] > 0 for name, row in ways.items() if name != "one way")
+
+
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_a_balanced_choice_gives_every_expert_as_many_tokens(top_k: int) -> None:
+    chosen = balanced(16, 4, top_k).topk(top_k).indices
+    assert torch.bincount(chosen.flatten()).tolist() == [4 * top_k] * 4
+    assert all(len(set(row)) == top_k for row in chosen.tolist())
+
+
+def test_an_interface_that_sends_nothing_counts_nothing() -> None:
+    assert counted("", lambda: None) == 0
+    assert counted("lo", lambda: None) >= 0

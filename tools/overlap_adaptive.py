@@ -1,0 +1,154 @@
+"""The planner's schedule beside the best of all schedules, and a link that changes its rate under a run.
+
+Both use the planner as the engine does: a step is a lap of a unit, every decision comes from steps that the planner measured itself.
+"""
+
+import statistics
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from moetrain.model.schedule import Schedule
+from moetrain.parallel.config import OverlapConfig
+from moetrain.parallel.observer import StepObserver
+from moetrain.parallel.planner import OverlapPlanner
+from tools.checkpoint_figures import with_interval
+from tools.overlap_arms import Arms
+from tools.overlap_cases import OVERLAPPED, SCMOE, SHARED, SMALL, Size, num_operators
+from tools.overlap_unit import Lap, Unit
+
+MAX_CHUNKS = 2
+PLAN_STEPS = 6  # a warm-up, a measurement in one chunk, one in more
+CASES = (
+    (SCMOE, Size(ffn=352)),
+    (SCMOE, Size()),
+    (SCMOE, Size(ffn=2048)),
+    ("ScMoE Pos-1", Size()),
+    ("ScMoE Pos-3", Size(ffn=1408)),
+    (SHARED, Size()),
+)
+SMALL_CASES = ((SCMOE, SMALL), (SHARED, SMALL))
+BEFORE, AFTER = 25, 40  # steps around the change of rate
+
+
+class Stepper:
+    """Laps of one unit under the planner."""
+
+    def __init__(self, model: str, size: Size, arms: Arms, evenly: bool) -> None:
+        self.arms, self.unit = arms, Unit(model, size, arms.axis)
+        with arms.use(OVERLAPPED):
+            self.unit.decide(evenly, arms.axis.index)
+        config = OverlapConfig(slot=0, chunks=0, max_chunks=MAX_CHUNKS)
+        self._observer = StepObserver(OverlapPlanner(config, self.unit.routed, arms.axis.world), arms.axis)
+
+    def step(self) -> float:
+        """Seconds, of the slower rank."""
+        axis = self.arms.axis
+        with self.arms.use(OVERLAPPED), self._observer.step() as timer:
+            lap = self.unit.lap(axis.index, self.arms.barrier, timer=timer)
+        waited, seconds = axis.sum_(torch.tensor([self._observer.waited_seconds(), lap.seconds], dtype=torch.float64)).tolist()
+        self._observer.finish(waited / seconds)
+        return self.slower(lap)
+
+    def with_schedule(self, slots: tuple[int, ...]) -> float:
+        self.unit.schedule(slots)
+        with self.arms.use(OVERLAPPED):
+            return self.slower(self.unit.lap(self.arms.axis.index, self.arms.barrier))
+
+    def slower(self, lap: Lap) -> float:
+        axis = self.arms.axis
+        seconds = torch.zeros(axis.size, dtype=torch.float64)
+        seconds[axis.index] = lap.seconds
+        return float(axis.sum_(seconds).max())
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        return self.unit.routed[0].schedule.slots
+
+
+def every(model: str) -> list[tuple[int, ...]]:
+    """All schedules of up to MAX_CHUNKS chunks."""
+    return [schedule.slots for chunks in range(1, MAX_CHUNKS + 1) for schedule in Schedule.every(num_operators(model), chunks)]
+
+
+def adaptive(arms: Arms, rounds: int, evenly: bool, small: bool) -> dict[str, object]:
+    """Of every case: what the planner chose, and the seconds of every schedule, interleaved."""
+    found = []
+    for model, size in SMALL_CASES if small else CASES:
+        stepper = Stepper(model, size, arms, evenly)
+        for _ in range(PLAN_STEPS):
+            stepper.step()
+        chosen, schedules = stepper.slots, every(model)
+        seconds: dict[str, list[float]] = {name(slots): [] for slots in schedules}
+        for number in range(rounds):
+            start = number % len(schedules)
+            for slots in schedules[start:] + schedules[:start]:
+                seconds[name(slots)].append(stepper.with_schedule(slots))
+        found.append({"model": model, "size": asdict(size), "chosen": name(chosen), "seconds": seconds})
+    return {"cases": found}
+
+
+def name(slots: tuple[int, ...]) -> str:
+    return "+".join(map(str, slots))
+
+
+def regret(case: dict) -> dict[str, float]:
+    """Seconds of the chosen schedule over those of the best. The best is found in half of the rounds and timed in the other half: the
+    fastest of many medians of the same rounds would be faster than itself."""
+    ratios = []
+    for half in (0, 1):
+        judged = min(case["seconds"], key=lambda slots: statistics.median(case["seconds"][slots][half::2]))
+        pairs = zip(case["seconds"][case["chosen"]][1 - half :: 2], case["seconds"][judged][1 - half :: 2], strict=True)
+        ratios += [chosen / best for chosen, best in pairs]
+    return with_interval(ratios)
+
+
+def adaptive_summary(found: list[dict]) -> dict[str, object]:
+    rows = {}
+    for case in found[0]["cases"]:
+        size = case["size"]
+        best = min(case["seconds"], key=lambda slots: statistics.median(case["seconds"][slots]))
+        worst = max(statistics.median(its) for its in case["seconds"].values())
+        rows[f"{case['model']}, width {size['hidden']}, FFN {size['ffn']}"] = {
+            "chosen": case["chosen"], "best": best, "regret": regret(case),
+            "worst_over_best": worst / statistics.median(case["seconds"][best]),
+        }  # fmt: skip
+    return {"cases": rows}
+
+
+def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> dict[str, object]:
+    """Steps before and after the link's rate changes, with the schedule of each; then what each schedule takes at the new rate.
+
+    Asks for the change by a file; tools/bench_overlap.py makes it and removes the file.
+    """
+    stepper = Stepper(SCMOE, size, arms, evenly)
+    steps = [_noted(stepper) for _ in range(BEFORE)]
+    request = folder / "change"
+    if arms.axis.index == 0:
+        request.touch()
+        while request.exists():
+            time.sleep(0.01)
+    arms.barrier()
+    steps += [_noted(stepper) for _ in range(AFTER)]
+    seconds = {name(slots): [stepper.with_schedule(slots) for _ in range(rounds)] for slots in every(SCMOE)}
+    return {"before": BEFORE, "steps": steps, "seconds": seconds}
+
+
+def _noted(stepper: Stepper) -> dict[str, object]:
+    slots = stepper.slots
+    return {"slots": name(slots), "seconds": stepper.step()}
+
+
+def change_summary(found: list[dict]) -> dict[str, object]:
+    """After how many steps the last schedule was there for good, and how it compares with the best at the new rate."""
+    steps, before, seconds = found[0]["steps"], found[0]["before"], found[0]["seconds"]
+    final = steps[-1]["slots"]
+    last_other = max((number for number, step in enumerate(steps) if step["slots"] != final), default=before - 1)
+    best = min(seconds, key=lambda slots: statistics.median(seconds[slots]))
+    return {
+        "before": steps[before - 1]["slots"], "after": final, "best": best, "steps_to_recover": max(0, last_other + 1 - before),
+        "over_best": statistics.median(seconds[final]) / statistics.median(seconds[best]),
+        "old_over_best": statistics.median(seconds[steps[before - 1]["slots"]]) / statistics.median(seconds[best]),
+    }  # fmt: skip
