@@ -13,7 +13,7 @@ import torch
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from moetrain.checkpoint.choose import check, check_object, choose, glance
+from moetrain.checkpoint.choose import AHEAD, check, check_object, choose, glance
 from moetrain.checkpoint.fill import tensor_of
 from moetrain.store.io import Io
 from moetrain.store.objects import CheckpointFolder
@@ -30,7 +30,8 @@ def write_rates(live: Live, contenders: list[Contender], pairs: int, folder: Pat
     found: dict[str, list[float]] = {name: [] for name in writers}
     persisted: list[float] = []
     for number in range(pairs):
-        for name, write in writers.items():
+        first = number % len(writers)  # a disk may have rested while the one before it computed
+        for name, write in [*writers.items()][first:] + [*writers.items()][:first]:
             remove_copies(folder, live.world.rank)  # what an earlier one wrote is not a part of the next write
             live.world.barrier(f"before {name}")
             started = time.perf_counter()
@@ -122,7 +123,7 @@ def recoveries(live: Live, contenders: list[Contender], pairs: int, cold: bool) 
     readers: dict[str, Callable[[], object]] = {contender.name: contender.load for contender in contenders}
     readers[FROM_MEMORY] = ours.load_from_memory
     readers[LIST] = lambda: choose(ours.folder, Io(), glance)
-    readers[VERIFY] = lambda: check(folder, share, check_object)
+    readers[VERIFY] = lambda: check(folder, share, check_object, AHEAD)
     readers[RAW_READ] = lambda: read_raw(files)
     needed = {piece.object for fragment in live.fragments for piece in tensor_of(point, fragment).pieces if piece.value is None}
     contents = [

@@ -1,9 +1,7 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -19,7 +17,7 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
-READERS = min(4, len(os.sched_getaffinity(0)))  # threads: reading and checking let other threads run
+AHEAD = 2  # objects that the disk may begin to read while one is being checked
 
 PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
@@ -71,7 +69,7 @@ def glance(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) 
 
 
 def remembered(look: Look) -> Look:
-    """Looks once at an object that many recovery points share. Two threads may look at the same one, and find the same."""
+    """Looks once at an object that many recovery points share."""
     known: dict[tuple[str, tuple[int, ...]], str] = {}
 
     def recall(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
@@ -83,19 +81,20 @@ def remembered(look: Look) -> Look:
     return recall
 
 
-def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str, str]:
-    """Object name -> damage of every bad object of a recovery point."""
+def check(folder: CheckpointFolder, manifest: Manifest, look: Look, ahead: int = 0) -> dict[str, str]:
+    """Object name -> damage of every bad object of a recovery point. `ahead`: AHEAD for a look that reads all of an object."""
     members: dict[str, list[Piece]] = defaultdict(list)
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
             members[piece.object].append(piece)
-
-    def look_at(record: ObjectRecord) -> str:
-        return look(folder, record, sorted(members[record.name], key=lambda piece: piece.start))
-
-    with ThreadPoolExecutor(READERS, "checkpoint-look") as pool:
-        damage = zip(manifest.objects, pool.map(look_at, manifest.objects.values()), strict=True)
-        return {name: sentence for name, sentence in damage if sentence}
+    damage: dict[str, str] = {}
+    names = list(manifest.objects)
+    for number, (name, record) in enumerate(manifest.objects.items()):
+        for coming in names[number + 1 : number + 1 + ahead]:
+            folder.expect(coming)
+        if sentence := look(folder, record, sorted(members[name], key=lambda piece: piece.start)):
+            damage[name] = sentence
+    return damage
 
 
 def nothing_in_memory(history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:
@@ -124,13 +123,13 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
     on_disk = list(folder.history())
     memory = in_memory(on_disk)
     history = newest_first(on_disk, memory)
-    look = remembered(look)
+    ahead, look = AHEAD if look is check_object else 0, remembered(look)
     damage: list[str] = []
     for number, manifest in enumerate(history):
         if isinstance(manifest, CheckpointError):
             damage.append(manifest.message)
             continue
-        bad = check(folder, manifest, look)
+        bad = check(folder, manifest, look, ahead)
         damage += bad.values()
         older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
         repaired = repair(folder, manifest, bad, older, look, damage)

@@ -8,12 +8,13 @@ import numpy as np
 import torch
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.choose import READERS
 from moetrain.checkpoint.source import ObjectReader, Sources
 from moetrain.model.state import Fragment, ModelState
 from moetrain.store.boxes import overlap
 from moetrain.store.encode import stored_dtype
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
+
+READERS = 4  # threads: reading, checking and copying all let other threads run
 
 
 @dataclass(frozen=True)
