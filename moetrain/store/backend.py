@@ -14,7 +14,7 @@ Item = tuple[str, Sequence[tuple[str, Sequence[Buffer]]]]
 """One member of a group: its name, and the names and contents of its files."""
 
 S3_SCHEME = "s3:"
-WRITERS = 4  # threads: what an object loses by waiting for its syncs, another one writes meanwhile
+WRITERS = 8  # threads: what an object loses by waiting for its syncs, another one writes meanwhile
 
 
 class Backend(Protocol):
