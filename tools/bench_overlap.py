@@ -8,6 +8,7 @@ C the exchange only. Before anything is timed, output and gradients are held aga
 with the same number of chunks must be equal to the bit. tools/overlap_cases.py says what the groups and points are.
 
     opponents   top-2 serial and in chunks, top-1, shared expert serial and overlapped, ScMoE Pos-2
+    core        fewer of them, for a point whose laps are long
     positions   the three positions of the shortcut
     schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks
     peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
@@ -82,7 +83,7 @@ def wait_until_quiet(limit: float) -> float:
 
 def figures_of(part: str, found: list[dict]) -> dict[str, object]:
     """What the ranks' findings say, by group."""
-    if part == "opponents":
+    if part in ("opponents", "core"):
         return overlap_figures.opponents(found)
     if part == "positions":
         return overlap_figures.positions(found, list(POSITIONS))
@@ -117,6 +118,9 @@ def table(part: str, found: list[dict], figures: dict) -> Iterator[str]:
         yield f"bytes on the wire: at most {off[name]:+.1%} off the expected ones ({name})"
     busiest = ", ".join(f"{model} {value:.2f}" for model, value in found[0]["busiest"].items())
     yield f"busiest expert over the even share: {busiest}"
+    overhead = ", ".join(f"{model} {value:.2%}" for model, value in found[0]["null_overhead"].items())
+    if overhead:
+        yield f"code around exchanges in the null arm, its copies included, of a lap: {overhead}"
 
 
 def versions() -> dict[str, str]:

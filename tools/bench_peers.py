@@ -51,7 +51,7 @@ def contenders(config: ModelConfig) -> dict[str, Callable[[], Trainer]]:
     float32 = EngineConfig(autocast="off")
     olmoe = replace(config, attention=replace(config.attention, qk_norm="full"), routing=replace(config.routing, renormalize=False))
     made: dict[str, Callable[[], Trainer]] = {OURS: lambda: Ours(config, float32), AGAIN: lambda: Ours(config, float32)}
-    for experts in ("eager", "grouped_mm", "batched_mm"):
+    for experts in ("eager", "grouped_mm"):  # its batched_mm copies weights for every token: tens of gigabytes here
         made[f"transformers Mixtral, {experts}"] = lambda experts=experts: hugging_face(config, experts)
     made[OURS_OLMOE] = lambda: Ours(olmoe, float32)
     for experts in ("eager", "grouped_mm"):

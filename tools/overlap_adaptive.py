@@ -26,7 +26,7 @@ CASES = (
     (SCMOE, Size()),
     (SCMOE, Size(ffn=2048)),
     ("ScMoE Pos-1", Size()),
-    ("ScMoE Pos-3", Size(ffn=1408)),
+    ("ScMoE Pos-3", Size(ffn=704)),
     (SHARED, Size()),
 )
 SMALL_CASES = ((SCMOE, SMALL), (SHARED, SMALL))

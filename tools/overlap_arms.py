@@ -5,10 +5,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from moetrain.dist import comm
 from moetrain.dist.mesh import Axis, Mesh
 from moetrain.dist.transport import Blocking, Collective, Null, PointToPoint, Transport, Work
 from tools.overlap_cases import NULL, OVERLAPPED, REST, SERIAL, STOCK
@@ -99,6 +101,28 @@ class Arms:
             parts.append((time.perf_counter() - seconds, time.process_time() - cpu))
         (forward_seconds, forward_cpu), (backward_seconds, backward_cpu) = parts
         return Lap(forward_seconds, backward_seconds, forward_cpu, backward_cpu)
+
+
+class Added:
+    """Seconds in the code that starts and ends exchanges, forward and backward, while `counting`."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def counting(self) -> Iterator[None]:
+        start, land = self._timed(comm.launch), self._timed(comm.Flight.land)
+        with mock.patch.object(comm, "launch", start), mock.patch.object(comm.Flight, "land", land):
+            yield
+
+    def _timed(self, work: Callable[..., object]) -> Callable[..., object]:
+        def call(*given: object) -> object:
+            started = time.perf_counter()
+            found = work(*given)
+            self.seconds += time.perf_counter() - started
+            return found
+
+        return call
 
 
 def payload(shipment: Shipment, rows: int) -> Tensor:

@@ -28,7 +28,7 @@ class Size:
     """Tokens are those of one rank. A message between two ranks is at least a MiB: the link's burst is a small part of it."""
 
     hidden: int = 256
-    ffn: int = 704
+    ffn: int = 1056
     experts: int = 8
     sequences: int = 8
     seq_len: int = 256
@@ -55,7 +55,7 @@ POINTS = {
     "60": Point("200mbit", "60 %"),
     "75": Point("100mbit", "75 %"),
     "85": Point("50mbit", "85 %"),
-    "15": Point("200mbit", "15 %", Size(ffn=6144)),  # more arithmetic a byte; a faster link would make the CPU the link
+    "15": Point("200mbit", "15 %", Size(ffn=8960, sequences=4)),  # more arithmetic a byte; a faster link would make the CPU the link
     "unlimited": Point("", "none"),
 }
 
@@ -116,6 +116,13 @@ def opponents() -> list[Run]:
     ]
 
 
+def core() -> list[Run]:
+    """Of the opponents those that a point of long laps cannot do without."""
+    left_out = {Run(TOP_2, OVERLAPPED, (1, 1)), Run(TOP_2, OVERLAPPED, (1, 1, 1, 1)), Run(SHARED, OVERLAPPED, (1,))}
+    left_out |= {Run(SHARED, OVERLAPPED, (1, 2)), Run(SCMOE, OVERLAPPED, (2,)), Run(SCMOE, OVERLAPPED, (2, 3))}
+    return [run for run in opponents() if run not in left_out]
+
+
 def positions() -> list[Run]:
     """The three positions at their likely slots, beside top-2."""
     best = {"ScMoE Pos-1": ((2,), (1, 2)), SCMOE: ((2,), (3,)), "ScMoE Pos-3": ((3,), (4,))}
@@ -141,4 +148,4 @@ def chunked(most: int = 4) -> list[Run]:
     return [Run(TOP_2, SERIAL), *(Run(SCMOE, OVERLAPPED, one) for one in sorted(slots))]
 
 
-GROUPS = {"opponents": opponents, "positions": positions, "peers": peers, "schedules": chunked}
+GROUPS = {"opponents": opponents, "core": core, "positions": positions, "peers": peers, "schedules": chunked}

@@ -73,10 +73,10 @@ def window(found: list[dict], model: str, run: str, part: str) -> float:
     return max(its["main"] + its["experts"] * (chunks - 1) / chunks for its in (rank["window"][model][part] for rank in found))
 
 
-def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dict[str, dict[str, object]]:
+def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dict[str, dict]:
     """By part: what this run hid, what it could, and how near the one comes to the other. `exchange`: the run that is exchange only."""
     serial, null = runs_of(found, model, SERIAL)[0], runs_of(found, model, NULL)[0]
-    figures: dict[str, dict[str, object]] = {}
+    figures = dict[str, dict]()
     for part in PARTS:
         times = {run: series(found, run, [part]) for run in (serial, null, overlapped)}
         hidden = estimate(differences(times[serial], times[overlapped]), differences(times[serial], times[null]))
@@ -102,14 +102,14 @@ def share(found: list[dict]) -> float:
     return middle(found, Run(TOP_2, EXCHANGE).name) / (middle(found, Run(TOP_2, SERIAL).name) - middle(found, Run(TOP_2, REST).name))
 
 
-def opponents(found: list[dict]) -> dict[str, object]:
+def opponents(found: list[dict]) -> dict[str, dict]:
     """Every figure of the group `opponents`."""
     mine = best(found, SCMOE)
     serial = Run(TOP_2, SERIAL).name
     others = {
         "A/A": (Run(TOP_2, SERIAL, again=True).name, serial),
         "top-2 serial": (serial, mine),
-        "top-2 in chunks, the best": (best(found, TOP_2), mine),
+        **({"top-2 in chunks, the best": (best(found, TOP_2), mine)} if runs_of(found, TOP_2, OVERLAPPED) else {}),
         "top-1 serial": (Run(TOP_1, SERIAL).name, mine),
         "shared expert, serial": (runs_of(found, SHARED, SERIAL)[0], mine),
         "shared expert, overlapped, the best": (best(found, SHARED), mine),
@@ -121,7 +121,7 @@ def opponents(found: list[dict]) -> dict[str, object]:
     ceilings = {name: middle(found, slow) / lowest for name, (slow, _) in others.items() if name != "A/A"}
     reached = ratio(found, serial, mine)
     return {
-        "share": share(found), "best": {model: best(found, model) for model in (TOP_2, SHARED, SCMOE)}, "ratios": ratios,
+        "share": {"median": share(found)}, "best": {model: best(found, model) for model in (SHARED, SCMOE)}, "ratios": ratios,
         "ceilings": ceilings, "of_ceiling": {key: value / ceilings["top-2 serial"] for key, value in reached.items()}, "hiding": hidden,
     }  # fmt: skip
 
@@ -158,7 +158,8 @@ def lines(found: list[dict], figures: dict) -> Iterator[str]:
         parts = " ".join(f"{1e3 * middle(found, name, [part]):8.1f}" for part in PARTS)
         yield f"{name:34} " + " ".join(f"{1e3 * whole[key]:8.1f}" for key in ("median", "low", "high")) + f" {parts}"
     if "share" in figures:
-        yield f"exchange share of top-2's MoE time {figures['share']:.0%}; achieved of the ceiling {interval(figures['of_ceiling'])}"
+        share_of = f"exchange share of top-2's MoE time {figures['share']['median']:.0%}"
+        yield f"{share_of}; achieved of the ceiling {interval(figures['of_ceiling'])}"
     for name, figure in figures["ratios"].items():
         limit = f", ceiling {figures['ceilings'][name]:.2f}" if name in figures.get("ceilings", {}) else ""
         yield f"{name:60} {interval(figure)}{limit}"

@@ -14,7 +14,7 @@ from tools.overlap_cases import NULL, OVERLAPPED, SCMOE, SERIAL, SHARED, TOP_1, 
 from tools.overlap_figures import best, middle, runs_of
 
 COMPUTE, EXPOSED = "#1f5fa8", "#d1602b"
-GROUP = "opponents, "
+GROUPS = ("opponents, ", "core, ")
 
 
 def bars(found: list[dict]) -> dict[str, tuple[float, float]]:
@@ -22,7 +22,7 @@ def bars(found: list[dict]) -> dict[str, tuple[float, float]]:
     nulls = {model: middle(found, runs_of(found, model, NULL)[0]) for model in (TOP_2, SHARED, SCMOE)}
     shown = {
         "top-2, serial": (TOP_2, Run(TOP_2, SERIAL).name),
-        "top-2, chunks": (TOP_2, best(found, TOP_2)),
+        **({"top-2, chunks": (TOP_2, best(found, TOP_2))} if runs_of(found, TOP_2, OVERLAPPED) else {}),
         "top-1, serial": (TOP_1, Run(TOP_1, SERIAL).name),
         "shared expert, serial": (SHARED, runs_of(found, SHARED, SERIAL)[0]),
         "shared expert, overlapped": (SHARED, best(found, SHARED)),
@@ -46,17 +46,15 @@ def draw(axes: Axes, title: str, result: dict) -> None:
     for number, (one, other) in enumerate(zip(computed, exposed, strict=True)):
         axes.text(one + other, number, f" {one + other:.0f}", va="center", fontsize=8)
     axes.invert_yaxis()
-    share = result["figures"]["share"]
-    axes.set_title(
-        f"{title.removeprefix(GROUP)}: {result['rate'] or 'link not limited'}, exchange {share:.0%} of top-2's MoE time", fontsize=9
-    )
+    share = f"exchange {result['figures']['share']['median']:.0%} of top-2's MoE time"
+    axes.set_title(f"{title.partition(', ')[2]}: {result['rate'] or 'link not limited'}, {share}", fontsize=9)
     axes.set_xlabel("ms, forward and backward of the block pairs", fontsize=8)
     axes.tick_params(labelsize=8)
 
 
 def figure(results: dict[str, dict]) -> Figure:
-    """One panel for each point of the group `opponents`."""
-    points = {title: result for title, result in results.items() if title.startswith(GROUP)}
+    """One panel for each point of the groups `opponents` and `core`."""
+    points = {title: result for title, result in results.items() if title.startswith(GROUPS)}
     sheet = Figure(figsize=(8.0, 2.3 * len(points) + 0.5), layout="constrained")
     panels = sheet.subplots(len(points), squeeze=False)
     for axes, (title, result) in zip(panels.flat, points.items(), strict=True):

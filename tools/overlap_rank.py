@@ -17,9 +17,10 @@ from pathlib import Path
 import torch
 
 from moetrain.dist.mesh import Mesh
+from moetrain.dist.transport import Null
 from moetrain.dist.world import World
 from tools.overlap_adaptive import adaptive, change
-from tools.overlap_arms import Arms, Shipment, counted
+from tools.overlap_arms import Added, Arms, Shipment, counted
 from tools.overlap_cases import DEEPSPEED, EXCHANGE, GROUPS, MODELS, NULL, OVERLAPPED, SERIAL, Run, Size
 from tools.overlap_deepspeed import DeepSpeedUnit, difference
 from tools.overlap_step import steps
@@ -131,6 +132,20 @@ class Laps:
             }
         return found
 
+    def null_overhead(self) -> dict[str, float]:
+        """By model: what the code around exchanges takes of a lap without any, its copies included."""
+        found = {}
+        for run in (run for run in self.runs if run.arm == NULL):
+            unit, shares = self.units[run.model], []
+            unit.schedule(run.slots)
+            for _ in range(5):
+                added = Added()
+                with self.arms.carrying(Null()), added.counting():
+                    seconds = unit.lap(self.rank, self.arms.barrier).seconds
+                shares.append(added.seconds / seconds)
+            found[run.model] = statistics.median(shares)
+        return found
+
     def bytes_on_wire(self, interface: str) -> dict[str, dict[str, int]]:
         """Of one lap, expected and as the kernel counts them; for each run over the link."""
         found = {}
@@ -156,7 +171,8 @@ def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
     checked = group.check()
     wire = group.bytes_on_wire(interface)
     busiest = {model: unit.busiest() for model, unit in group.units.items() if model in MODELS}
-    return checked | {"bytes": wire, "busiest": busiest, "window": group.windows(), "laps": group.rounds()}
+    overhead = group.null_overhead()
+    return checked | {"bytes": wire, "busiest": busiest, "null_overhead": overhead, "window": group.windows(), "laps": group.rounds()}
 
 
 PARTS: dict[str, Callable[[Job, Arms], dict[str, object]]] = {

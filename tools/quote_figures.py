@@ -1,6 +1,6 @@
-"""Copies figures from benchmarks/*.json into the figures table of README.md, so that nothing is quoted by hand.
+"""Copies figures from benchmarks/*.json into the tables of figures of PAGES, so that nothing is quoted by hand.
 
-    python -m tools.quote_figures            writes README.md
+    python -m tools.quote_figures            writes the pages
     python -m tools.quote_figures --check    writes nothing; exit status 1 when a figure is not what its file says
 
 A row names its file and key as `benchmarks/FILE.json` `key.inner:format`: a Python format, or `len` for the length of a list. Without the
@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/overlap.md")
 ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([^`:]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
 
 
@@ -40,15 +41,16 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    page = path.read_text(encoding="utf-8")
-    current = quoted(page, ROOT)
-    if not options.check:
-        path.write_text(current, encoding="utf-8")
-    elif page != current:
-        print("README.md quotes figures that benchmarks/ does not hold: run python -m tools.quote_figures.")
-        return 1
-    return 0
+    wrong = False
+    for name in PAGES:
+        page = (ROOT / name).read_text(encoding="utf-8")
+        current = quoted(page, ROOT)
+        if not options.check:
+            (ROOT / name).write_text(current, encoding="utf-8")
+        elif page != current:
+            print(f"{name} quotes figures that benchmarks/ does not hold: run python -m tools.quote_figures.")
+            wrong = True
+    return int(wrong)
 
 
 if __name__ == "__main__":

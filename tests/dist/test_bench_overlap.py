@@ -79,6 +79,7 @@ def test_every_run_is_right_and_timed_in_all_its_parts(found: list[dict], routin
         assert ["ScMoE Pos-2 S 3", "ScMoE Pos-2 O 2", "ScMoE Pos-2 O 3"] in its["equal"].values()
         assert all(part["main"] > 0 and part["experts"] > 0 for part in its["window"][SCMOE].values())
         assert (its["busiest"][SCMOE] == 1) is (routing == "even")
+        assert all(0 < share < 1 for share in its["null_overhead"].values()) and SCMOE in its["null_overhead"]
         assert its["bytes"]["ScMoE Pos-2 O 3"]["counted"] >= its["bytes"]["ScMoE Pos-2 O 3"]["expected"] > 0
 
 
