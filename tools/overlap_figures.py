@@ -13,6 +13,7 @@ import numpy as np
 from tools.checkpoint_figures import with_interval
 from tools.overlap_cases import EXCHANGE, NULL, OVERLAPPED, REST, SCMOE, SERIAL, SHARED, TOP_1, TOP_2, Run
 
+NOISE = 0.03
 PARTS = ("forward", "backward")
 Figure = dict[str, float]
 
@@ -163,10 +164,17 @@ def lines(found: list[dict], figures: dict) -> Iterator[str]:
     for name, figure in figures["ratios"].items():
         limit = f", ceiling {figures['ceilings'][name]:.2f}" if name in figures.get("ceilings", {}) else ""
         yield f"{name:60} {interval(figure)}{limit}"
+    if "A/A" in figures["ratios"] and not is_quiet(figures["ratios"]["A/A"]):
+        yield f"A/A is off by more than {NOISE:.0%}: the machine was not quiet, quote nothing of this"
     for run, parts in figures.get("hiding", {}).items():
         for part, one in parts.items():
             times = ", ".join(f"{key} {1e3 * one[key]:.1f} ms" for key in ("comm", "window", "tax", "exposed"))
             yield f"{run} {part}: {times}, hidden {interval(one['hidden'])} of at most {one['bound']:.2f}: {interval(one['efficiency'])}"
+
+
+def is_quiet(same: Figure) -> bool:
+    """Whether a run beside itself differs by no more than NOISE."""
+    return abs(same["median"] - 1) <= NOISE
 
 
 def interval(figure: Figure) -> str:

@@ -116,6 +116,13 @@ def test_the_ceiling_pays_for_what_no_window_covers_and_for_the_transport(found:
     assert all(name in table for name in TIMES) and "ceiling 1.94" in table
 
 
+def test_a_machine_that_was_not_quiet_is_named() -> None:
+    noisy = rank()
+    noisy["laps"][Run(TOP_2, SERIAL, again=True).name]["forward"] = [3.3] * ROUNDS
+    tables = ["\n".join(overlap_figures.lines([found], overlap_figures.opponents([found]))) for found in (rank(), noisy)]
+    assert ["quote nothing" in table for table in tables] == [False, True]
+
+
 def test_an_interval_grows_with_the_noise() -> None:
     quiet, noisy = estimate([2.0, 2.1, 1.9, 2.0], [1.0] * 4), estimate([2.0, 4.0, 0.5, 2.0], [1.0] * 4)
     assert quiet["median"] == noisy["median"] == 2.0
