@@ -106,6 +106,7 @@ def opponents() -> list[Run]:
         Run(TOP_2, REST),
         *(Run(TOP_2, OVERLAPPED, (1,) * chunks) for chunks in (2, 4)),
         Run(TOP_1, SERIAL),
+        Run(TOP_1, NULL),
         Run(SHARED, SERIAL, (2,)),
         Run(SHARED, NULL, (2,)),
         *(Run(SHARED, OVERLAPPED, slots) for slots in ((1,), (2,), (1, 2))),

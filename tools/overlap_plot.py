@@ -18,8 +18,8 @@ GROUPS = ("opponents, ", "core, ")
 
 
 def bars(found: list[dict]) -> dict[str, tuple[float, float]]:
-    """By label, from the slowest: milliseconds of computation (the null arm's), and what comes on top. Top-1 has no null arm."""
-    nulls = {model: middle(found, runs_of(found, model, NULL)[0]) for model in (TOP_2, SHARED, SCMOE)}
+    """By label, from the slowest: milliseconds of computation (the null arm's), and what comes on top."""
+    nulls = {model: middle(found, runs_of(found, model, NULL)[0]) for model in (TOP_2, TOP_1, SHARED, SCMOE)}
     shown = {
         "top-2, serial": (TOP_2, Run(TOP_2, SERIAL).name),
         **({"top-2, chunks": (TOP_2, best(found, TOP_2))} if runs_of(found, TOP_2, OVERLAPPED) else {}),
@@ -32,7 +32,7 @@ def bars(found: list[dict]) -> dict[str, tuple[float, float]]:
     rows = {}
     for label, (model, run) in shown.items():
         whole = 1e3 * middle(found, run)
-        computed = min(whole, 1e3 * nulls.get(model, middle(found, run)))
+        computed = min(whole, 1e3 * nulls[model])
         rows[label] = computed, whole - computed
     return dict(sorted(rows.items(), key=lambda row: -sum(row[1])))
 
@@ -46,6 +46,7 @@ def draw(axes: Axes, title: str, result: dict) -> None:
     for number, (one, other) in enumerate(zip(computed, exposed, strict=True)):
         axes.text(one + other, number, f" {one + other:.0f}", va="center", fontsize=8)
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     share = f"exchange {result['figures']['share']['median']:.0%} of top-2's MoE time"
     axes.set_title(f"{title.partition(', ')[2]}: {result['rate'] or 'link not limited'}, {share}", fontsize=9)
     axes.set_xlabel("ms, forward and backward of the block pairs", fontsize=8)
