@@ -13,6 +13,7 @@ BASE, AGAIN = "no checkpoints", "no checkpoints, again"
 OURS, PROCESS = "ours, full", "DCP async, process"
 PERSIST, FROM_MEMORY, LIST, VERIFY = (f"{OURS}: {part}" for part in ("arena to commit", "from memory", "list", "read and verify"))
 RAW_WRITE, RAW_READ, ZARR, DCP = "raw write+fsync", "raw read", "zarr-python", "DCP sync"
+RAW_DIRECT = "floor: raw write past the page cache"
 ALL_READ, ALL_COPIED = "floor: raw read of all that is loaded", "floor: copy of all that is loaded"
 
 
@@ -60,6 +61,7 @@ def rates(found: list[dict]) -> dict[str, dict[str, float]]:
     writes = [rank["writes"] for rank in found]
     result = {
         "write, arena to commit, against raw": paired(writes, PERSIST, RAW_WRITE),
+        "write, arena to commit, against raw past the page cache": paired(writes, PERSIST, RAW_DIRECT),
         "write, call to commit, against raw": paired(writes, OURS, RAW_WRITE),
         "write, arena to commit, against zarr-python": paired(writes, PERSIST, ZARR),
         "raw write+fsync, against zarr-python": paired(writes, RAW_WRITE, ZARR),

@@ -15,9 +15,10 @@ from zarr.codecs import Crc32cCodec
 
 from moetrain.checkpoint.choose import AHEAD, check, check_object, choose, glance
 from moetrain.checkpoint.fill import tensor_of
+from moetrain.store.direct import DirectWriter
 from moetrain.store.io import Io
 from moetrain.store.objects import CheckpointFolder
-from tools.checkpoint_figures import ALL_COPIED, ALL_READ, FROM_MEMORY, LIST, OURS, PERSIST, RAW_READ, RAW_WRITE, VERIFY, ZARR
+from tools.checkpoint_figures import ALL_COPIED, ALL_READ, FROM_MEMORY, LIST, OURS, PERSIST, RAW_DIRECT, RAW_READ, RAW_WRITE, VERIFY, ZARR
 from tools.contenders import Contender, Live, Ours, Tensors, sync
 
 
@@ -26,6 +27,7 @@ def write_rates(live: Live, contenders: list[Contender], pairs: int, folder: Pat
     payload = torch.cat([tensor.flatten().view(torch.uint8) for tensor in live.mine.values() if tensor.numel()]).numpy()
     writers: dict[str, Callable[[int], None]] = {contender.name: partial(save_whole, contender) for contender in contenders}
     writers[RAW_WRITE] = lambda step: write_raw(folder / f"copy-{live.world.rank}" / "raw", payload)
+    writers[RAW_DIRECT] = lambda step: write_direct(folder / f"copy-{live.world.rank}" / "direct", payload)
     writers[ZARR] = lambda step: write_zarr(folder / f"copy-{live.world.rank}" / "zarr", payload)
     found: dict[str, list[float]] = {name: [] for name in writers}
     persisted: list[float] = []
@@ -61,6 +63,13 @@ def write_raw(path: Path, payload: np.ndarray) -> None:
         view, written = payload.data, 0
         while written < len(view):
             written += file.write(view[written:])
+        os.fsync(file.fileno())
+
+
+def write_direct(path: Path, payload: np.ndarray) -> None:
+    with path.open("xb", buffering=0) as file:
+        written = DirectWriter().write(file.fileno(), [payload.data], lambda: None)
+        file.write(payload.data[written:])
         os.fsync(file.fileno())
 
 
