@@ -81,7 +81,7 @@ def wait_until_quiet(limit: float) -> float:
     return load
 
 
-def figures_of(part: str, found: list[dict]) -> dict[str, object]:
+def figures_of(part: str, found: list[dict]) -> dict:
     """What the ranks' findings say, by group."""
     if part in ("opponents", "core"):
         return overlap_figures.opponents(found)
