@@ -25,6 +25,7 @@ AT_LEAST = {
         "parallel.overlap.tolerance"),
 }  # fmt: skip
 POSITIVE = ("parallel.timeout_seconds",)
+MOST_CHUNKS = 16  # all schedules of so many are tried within seconds; of twice as many it would take longer than ranks wait for each other
 
 
 def check(config: TrainConfig, world: int) -> None:
@@ -115,6 +116,9 @@ def _check_parallel(config: TrainConfig) -> None:
     if engine.dtype == "float64" and engine.autocast == "bfloat16":
         rule = "a float64 model is never computed in bfloat16"
         raise ConfigError.of("engine.autocast", engine.autocast, rule, "Use engine.autocast=off or engine.dtype=float32.")
+    for key in ("parallel.overlap.chunks", "parallel.overlap.max_chunks"):
+        if not _number(config, key) <= MOST_CHUNKS:
+            raise ConfigError.of(key, value_at(config, key), f"it must be at most {MOST_CHUNKS}: every schedule of so many chunks is tried")
 
 
 def _check_profile(config: TrainConfig) -> None:
