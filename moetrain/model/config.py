@@ -168,6 +168,8 @@ class ModelConfig:
             raise ConfigError.of(f"{key}.shortcut.positions", shortcut.positions, rule)
         if len(shortcut.positions) > max(num_pairs, 1):
             raise ConfigError.of(f"{key}.shortcut.positions", shortcut.positions, f"the model has {num_pairs} pairs")
+        if not num_pairs and shortcut.positions != ShortcutConfig().positions:
+            raise ConfigError.of(f"{key}.shortcut.positions", shortcut.positions, "the model has no pair", f"Add scmoe to {key}.pattern.")
         if shortcut.pairs_per_bank < 1:
             raise ConfigError.of(f"{key}.shortcut.pairs_per_bank", shortcut.pairs_per_bank, "it must be at least 1")
         for name, value, usual in (("pairs_per_bank", shortcut.pairs_per_bank, 1), ("distinct", shortcut.distinct, True)):

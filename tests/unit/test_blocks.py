@@ -278,6 +278,7 @@ def test_shared_experts_are_one_wide_one() -> None:
     ("scmoe", {"shortcut": ShortcutConfig([4])}, "model.shortcut.positions"),
     ("scmoe", {"shortcut": ShortcutConfig([])}, "model.shortcut.positions"),
     ("scmoe", {"shortcut": ShortcutConfig([1, 2, 3])}, "the model has 2 pairs"),
+    ("moe", {"shortcut": ShortcutConfig([1])}, "the model has no pair"),
     ("scmoe", {"shortcut": ShortcutConfig(pairs_per_bank=2)}, "no dgmoe pair"),
     ("scmoe", {"shortcut": ShortcutConfig(distinct=False)}, "no dgmoe pair"),
     ("dgmoe", {"shortcut": ShortcutConfig(pairs_per_bank=0)}, "at least 1"),
