@@ -13,6 +13,7 @@ from moetrain.parallel import precision
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.native import TorchEngine
 from moetrain.parallel.precision import autocast_dtype
+from moetrain.routing.config import RoutingConfig
 from tests.unit.test_model import tiny
 
 Patch = pytest.MonkeyPatch
@@ -70,3 +71,15 @@ def test_norms_and_biases_are_not_decayed_and_the_rest_is() -> None:
     assert kept == {name for name in before if name.endswith((".bias", "norm.weight"))}
     assert {"final_norm.weight", "blocks.0.moe.norm.weight", "blocks.0.attention.q_proj.bias", "blocks.0.attention.q_norm.weight"} <= kept
     assert {"embedding.weight", "lm_head.weight", "blocks.0.moe.router.weight", "blocks.0.moe.experts.down_proj"} <= before.keys() - kept
+
+
+def test_a_sample_drops_no_token() -> None:
+    """Capacity is a rule of training batches: a completion is the same whatever it is."""
+    world = World.single(torch.device("cpu"))
+    samples = []
+    for capacity_factor in (None, 0.1):
+        config = tiny("scmoe", init_std=0.5, routing=RoutingConfig(num_experts=4, top_k=2, capacity_factor=capacity_factor))
+        made = TorchEngine(config, ParallelConfig(ep=1), EngineConfig(autocast="off"), OptimConfig(), world, Mesh(world, 1))
+        made.initialize(seed=1)
+        samples.append(made.generate([1, 2, 3], 20, seed=0))
+    assert samples[0] == samples[1]
