@@ -50,7 +50,8 @@ class Profiler:
                 trace = json.loads(self.file.read_text())
                 add_lanes(trace["traceEvents"], self._lanes)
                 self.file.write_text(json.dumps(trace))
-                write_lanes(lanes_file(self.folder, self.rank, serial=False), self._lanes[-1], self.last)
+                last = self.first + len(self._lanes) - 1  # a run may end before self.last
+                write_lanes(lanes_file(self.folder, self.rank, serial=False), self._lanes[-1], last)
         except (OSError, RuntimeError) as error:  # a full disk costs the profile, not the run
             logger("telemetry").warning("The profile %s cannot be written: %s", self.file, error)
             return

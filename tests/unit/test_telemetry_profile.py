@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moetrain.telemetry.config import ProfileConfig
+from moetrain.telemetry.lanes import Computation, Lanes, load_lanes
 from moetrain.telemetry.profile import Profiler
 
 
@@ -52,3 +53,11 @@ def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path: Path) -> None:
     (tmp_path / "trace").touch()  # a file where the folder should be fails like a full disk
     drive(Profiler(ProfileConfig(start_step=1, num_steps=1), tmp_path, rank=0), 1, 2)
     assert (tmp_path / "trace").is_file()
+
+
+def test_lanes_of_a_run_that_ended_early_are_those_of_its_last_step(tmp_path: Path) -> None:
+    profiler = Profiler(ProfileConfig(start_step=2, num_steps=5), tmp_path, rank=0)
+    for step in range(1, 4):
+        profiler.after(step, 1.0, Lanes(False, [Computation("a", 0.0, 1.0)], []) if step > 1 else None)
+    profiler.stop()
+    assert [step for step, _ in load_lanes(tmp_path)] == [3]
