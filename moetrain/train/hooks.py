@@ -202,6 +202,9 @@ class ProfileHook:
     def on_finish(self, run: Run, reason: str) -> None:
         if self._profiler is not None:
             self._profiler.stop()
+            if run.progress.step < self.config.start_step:
+                sentence = "Nothing was profiled: the run ended at step %d, before profile.start_step=%d."
+                logger("train").warning(sentence, run.progress.step, self.config.start_step)
 
     def _ask(self, run: Run) -> None:
         assert self._profiler is not None

@@ -347,6 +347,16 @@ def test_a_profile_that_lies_behind_a_resume_is_said(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("what", ["trace", "comm"])
+def test_a_run_that_ends_before_its_profile_is_said(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with told(caplog, monkeypatch):
+        Bench(tmp_path).drive(ProfileHook(ProfileConfig(what=what, start_step=50)), 3)
+    assert "the run ended at step 3, before profile.start_step=50" in caplog.text
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_profile_is_no_word(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     with told(caplog, monkeypatch):
         Bench(tmp_path).drive(ProfileHook(ProfileConfig()), 3)
