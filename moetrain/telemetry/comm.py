@@ -1,7 +1,8 @@
 """What the exchanges of a step cost and how much of it was hidden, from steps that alternate: exchanges waited for at once, overlapped.
 
-hidden = (serial step - overlapped step) / seconds of the exchanges alone. Computation that an exchange slowed down counts against it,
-which `1 - waited / alone` would not see.
+hidden = (serial step - overlapped step) / seconds of the exchanges alone. Of a serial step the seconds in which ranks came together before
+its exchanges are left out: only the measurement asks for them. Computation that an exchange slowed down counts against it, which
+`1 - waited / alone` would not see.
 """
 
 import json
@@ -36,7 +37,7 @@ class ExchangeCost:
 class CommProfile:
     """Of one rank; medians over the steps."""
 
-    serial_seconds: float  # of a step
+    serial_seconds: float  # of a step, without the coming together of ranks before each exchange
     overlapped_seconds: float
     costs: list[ExchangeCost]
 
@@ -94,7 +95,8 @@ def comm_profile(steps: Sequence[tuple[float, Lanes]]) -> CommProfile:
         )
         for name in names
     ]
-    return CommProfile(median(seconds for seconds, _ in serial), median(seconds for seconds, _ in overlapped), costs)
+    serial_seconds = [seconds - sum(journey.start - journey.ready for journey in lanes.journeys) for seconds, lanes in serial]
+    return CommProfile(median(serial_seconds), median(seconds for seconds, _ in overlapped), costs)
 
 
 def _by_name(lanes: Lanes) -> dict[str, list[Journey]]:
@@ -129,6 +131,8 @@ class CommProfiler:
         """Writes what was recorded, if it is a pair at least."""
         steps, self._steps = self._steps, []
         if len({lanes.serial for _, lanes in steps}) < 2:
+            if steps:
+                logger("telemetry").warning("profile.what=comm has nothing to show: the run ended between a serial and an overlapped step.")
             return
         if not any(lanes.journeys for _, lanes in steps):
             logger("telemetry").warning("profile.what=comm has nothing to show: the experts of this run are all on this rank.")
