@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -50,7 +51,6 @@ def read_values(reader: ArrayReader, piece: Piece, out: np.ndarray | None = None
 
 def check_object(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
     """Reads every byte of an object, also those that only other readers look at, and compares it with the manifest."""
-    folder.expect(record.name)
     try:
         reader = open_object(folder, record)
         reader.verify([(piece.start, prod(piece.shape), piece.crc) for piece in pieces if piece.value is None])
@@ -88,10 +88,12 @@ def check(folder: CheckpointFolder, manifest: Manifest, look: Look, ahead: int =
         for piece in tensor.pieces:
             members[piece.object].append(piece)
     damage: dict[str, str] = {}
-    names = list(manifest.objects)
-    for number, (name, record) in enumerate(manifest.objects.items()):
-        for coming in names[number + 1 : number + 1 + ahead]:
-            folder.expect(coming)
+    coming = iter(manifest.objects)
+    for name in islice(coming, ahead):
+        folder.expect(name)
+    for name, record in manifest.objects.items():
+        for later in islice(coming, min(ahead, 1)):
+            folder.expect(later)
         if sentence := look(folder, record, sorted(members[name], key=lambda piece: piece.start)):
             damage[name] = sentence
     return damage
