@@ -17,7 +17,6 @@ class StepObserver:
         self.planner, self.axis = planner, axis
         self._asked: bool | None = None  # serial?
         self._recorder: Recorder | None = None
-        self._measures = False
 
     def ask(self, serial: bool) -> None:
         """The lanes of the next step are wanted. A measurement for the plan waits until nobody asks."""
@@ -28,8 +27,8 @@ class StepObserver:
         """The timer of the step's forward passes."""
         link = self.axis.link
         link.take()  # of evaluation and samples
-        self._measures = self._asked is None and self.axis.size > 1 and self.planner.begin()
-        if self._asked is None and not self._measures:
+        measures = self._asked is None and self.axis.size > 1 and self.planner.begin()
+        if self._asked is None and not measures:
             yield untimed
             return
         transport = link.transport
