@@ -94,5 +94,5 @@ class Accord:
 
 
 def _will_not(said: dict, save: SaveId) -> bool:
-    ready, left_out = SaveId(*said["ready"]), SaveId(*said["left_out"])
-    return ready != save and max(ready, left_out) >= save
+    """Of a newer save that is left out nothing follows: this one may still be on its way to the partner."""
+    return SaveId(*said["left_out"]) == save or SaveId(*said["ready"]) > save

@@ -68,7 +68,7 @@ class MemoryLane:
         try:
             decision = self._decision(pending, state)
             if decision.skip:
-                self._skip(pending, decision.skip, is_news=self._rank == 0 or not decision.is_heard)
+                self._skip(pending, decision.skip, is_news=self._rank == 0 or not decision.is_heard, is_own=not decision.is_heard)
                 return None
             job = self._copy(pending, decision, state, progress, ready)
             self._announce(pending)
@@ -87,10 +87,12 @@ class MemoryLane:
             self._skip(pending, f"{error.filename or self._path} cannot be used: {error.strerror}.")
         return None
 
-    def _skip(self, pending: Pending, reason: str, is_news: bool = True) -> None:
-        """This rank takes no part in a save, so there will be none; the others hear of it from the board and through the folder."""
+    def _skip(self, pending: Pending, reason: str, is_news: bool = True, is_own: bool = True) -> None:
+        """This rank takes no part in a save, so there will be none; the others hear of it from the board and through the folder, unless
+        rank 0 said so itself (not `is_own`)."""
         pending.copied.set()
-        self._accord.leave_out(pending.save)
+        if is_own:
+            self._accord.leave_out(pending.save)
         if self._rank == 0:
             self._accord.decide(Decision(pending.save, reason))
         if pending.order.persists:
