@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def collector_paused() -> Iterator[None]:
-    """No collection inside: one walks every object of the process, 0.15 s in a training rank. Changes nothing when it was off before."""
+    """No collection inside: one walks every object of the process. Changes nothing when it was off before."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:

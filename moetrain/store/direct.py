@@ -1,6 +1,6 @@
 """Large files past the page cache: the disk takes them from memory, so that training keeps its core and its cached files.
 
-The same bytes through the cache cost fifteen times the processor time and wait for whoever flushes it (`docs/checkpoint.md`).
+The same bytes through the cache cost several times the processor time and wait for whoever flushes it (`docs/checkpoint.md`).
 """
 
 import errno
