@@ -120,6 +120,8 @@ def copy_into(copies: Tensors, live: Live) -> None:
 def recoveries(live: Live, contenders: list[Contender], pairs: int, cold: bool) -> dict[str, list[float]]:
     """Seconds of a whole load of every contender, all ranks at once; of ours also the parts, and the floors: plain reads, a plain copy."""
     ours = next(contender for contender in contenders if isinstance(contender, Ours))
+    ours.drain()
+    live.world.barrier("before the loads")  # rank 0 sweeps after a commit; what the other ranks list must stay
     folder, point = CheckpointFolder(ours.folder, Io()), ours.point()
     mine = {name for name in point.objects if f"/{live.world.rank:05d}-" in name}
     share = replace(
