@@ -158,6 +158,7 @@ class ModelConfig:
             rule = f"rope.scaling={rope.scaling} needs the context length before scaling"
             raise ConfigError.of(f"{key}.rope.original_max_position", rope.original_max_position, rule)
         self._check_pairs(key)
+        self._check_shared(key)
         self.routing.check(f"{key}.routing")
 
     def _check_pairs(self, key: str) -> None:
@@ -178,6 +179,15 @@ class ModelConfig:
         if num_double and shortcut.distinct and 2 * self.routing.top_k > self.routing.num_experts:
             rule = f"dgmoe chooses twice, and {self.routing.num_experts} experts cannot be different for both choices"
             raise ConfigError.of(f"{key}.routing.top_k", self.routing.top_k, rule, f"Use {key}.shortcut.distinct=false.")
+
+    def _check_shared(self, key: str) -> None:
+        """Widths are not asked about: whoever makes a model smaller sets all of them, whatever its blocks."""
+        if any(KINDS[block].has_shared for block in self.blocks()):
+            return
+        way_out = f"Add {' or '.join(name for name, kind in KINDS.items() if kind.has_shared)} to {key}.pattern, or leave the key out."
+        for name, value, usual in (("shared_gate", self.shared_gate, "cg1"), ("num_shared_experts", self.num_shared_experts, 1)):
+            if value != usual:
+                raise ConfigError.of(f"{key}.{name}", value, "no block of the model has a shared expert", way_out)
 
 
 def _filled(cls: type[Config], values: Mapping[str, object], key: str) -> Config:

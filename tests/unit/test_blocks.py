@@ -285,6 +285,9 @@ def test_shared_experts_are_one_wide_one() -> None:
     ("dgmoe", {"routing": RoutingConfig(num_experts=4, top_k=3)}, "shortcut.distinct=false"),
     ("scmoe", {"shared_gate": "cg3"}, "Did you mean"),
     ("shared", {"num_shared_experts": 0}, "must be positive"),
+    ("moe", {"num_shared_experts": 2}, "model.num_shared_experts=2 is not possible: no block of the model has a shared expert"),
+    ("dgmoe", {"shared_gate": "add"}, "Add shared or shortcut or scmoe to model.pattern"),
+    ("dense", {"shared_gate": "cg2"}, "model.shared_gate='cg2'"),
 ])  # fmt: skip
 def test_impossible_blocks_are_refused_with_their_key(kind: str, changes: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError) as error:
