@@ -8,8 +8,8 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from crc32c import crc32c
 
+from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import is_derived

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from crc32c import crc32c
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from moetrain.base.checksum import crc32c
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.dcp import FACTS, KEYS, Facts, read_metadata

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from crc32c import crc32c
-
+from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Slot
 from moetrain.checkpoint.job import Receipt, SaveJob

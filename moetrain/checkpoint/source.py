@@ -7,8 +7,8 @@ from contextlib import suppress
 from math import prod
 
 import numpy as np
-from crc32c import crc32c
 
+from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.choose import open_object, read_values
 from moetrain.checkpoint.generation import Generation, Held, points_in_memory

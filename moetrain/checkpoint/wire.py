@@ -8,7 +8,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crc32c import crc32c
+from moetrain.base.checksum import crc32c
 
 Buffer = bytes | bytearray | memoryview
 Room = Callable[[dict, int], memoryview]

@@ -7,8 +7,8 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
-from crc32c import crc32c
 
+from moetrain.base.checksum import crc32c
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob

@@ -97,8 +97,14 @@ class Rehearsal(World):
         return [json.loads(json.dumps(value)) for _ in range(self.size)]
 
     def of(self, group: Group) -> list[str]:
-        """What all members of `group` must do in the same order: the calls on every group that holds them all."""
-        return [call.text for call in self.calls if set(call.group.ranks) >= set(group.ranks)]
+        """What all members of `group` must do in the same order: the calls on every group that holds them all, and among them, without
+        their shapes, those that each makes with others. Pairs of ranks that agree could still wait for each other in a ring.
+        """
+        members = set(group.ranks)
+        return [
+            call.text if set(call.group.ranks) >= members else f"a call on the {call.group.name} axis with other ranks"
+            for call in self.calls
+        ]
 
     def note(self, fact: str) -> None:
         """Something that all ranks must have alike, in its place among the calls."""
@@ -167,7 +173,7 @@ def _shapes(given: dict[str, object]) -> str:
 def compare(rehearsal: Rehearsal, world: World) -> None:
     """Raises TrainingError on every member of a group whose members are about to make different calls. Calls no collective.
 
-    Of two groups that share members the order between their calls is compared as well.
+    The order between the calls on different groups is compared as well.
     """
     store = world.notes()
     lines = {group: rehearsal.of(group) for group in rehearsal.groups.values()}

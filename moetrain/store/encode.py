@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from crc32c import crc32c
 
+from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.store.crc import combine
 from moetrain.store.io import Buffer

@@ -10,8 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 from typing import NamedTuple
 
-from crc32c import crc32c
-
+from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.store.boxes import Shape
 

@@ -17,7 +17,7 @@ from moetrain.telemetry.format import duration, quantity, size
 
 Section = dict[str, str | int | float | bool]
 PACKAGES = (
-    "torch", "numpy", "hydra-core", "omegaconf", "megatron-core", "zarr", "crc32c", "tokenizers", "safetensors", "pyarrow", "zstandard",
+    "torch", "numpy", "hydra-core", "omegaconf", "megatron-core", "zarr", "awscrt", "tokenizers", "safetensors", "pyarrow", "zstandard",
     "transformers", "huggingface_hub", "rich", "matplotlib", "tensorboard", "wandb", "deepspeed",
 )  # fmt: skip
 CPU_FLAGS = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "sve", "bf16", "i8mm")

@@ -107,6 +107,16 @@ def swapped_pair(world: World) -> str:
     return refused(lambda: compare(stage, world))
 
 
+def ring_of_pairs(world: World) -> str:
+    """Ranks 1 and 2 of four sum over edp before ep, ranks 0 and 3 after it: every rank would wait for another of the four."""
+    with Rehearsal(world) as stage:
+        mesh = Mesh(stage, 2)
+        axes = mesh.ep, mesh.edp
+        for axis in reversed(axes) if world.rank in (1, 2) else axes:
+            axis.sum_(torch.ones(5))
+    return refused(lambda: compare(stage, world))
+
+
 def swapped_sums(world: World) -> str:
     """Rank 1 adds up experts before dense gradients: two groups with the same members, so each of them alone looks the same."""
     parallel = ParallelConfig(ep=1)
@@ -143,12 +153,14 @@ class Outcome:
     every_fold: list[str]
     calls: list[str]
     swapped_pair: str
+    ring_of_pairs: str
     swapped_sums: str
     other_sizes: list[str]
 
 
 def on_every_rank(world: World) -> Outcome:
-    return Outcome(every_fold(world), calls_of_a_step(world), swapped_pair(world), swapped_sums(world), other_sizes(world))
+    swapped = swapped_pair(world), ring_of_pairs(world), swapped_sums(world)
+    return Outcome(every_fold(world), calls_of_a_step(world), *swapped, other_sizes(world))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +195,13 @@ def test_a_swapped_pair_of_calls_is_named_before_anything_travels(outcomes: list
         "Ranks 2 and 3 are about to make different collective calls in the group ep of ranks 2-3: as number 1, "
         "rank 2 has [alltoall_base of float32 ['rows', 3] in: rows to experts] and rank 3 has [allreduce of float32 [5] in: sum over ep]."
     )
+
+
+@pytest.mark.dist
+def test_pairs_that_would_wait_for_each_other_in_a_ring_are_told(outcomes: list[Outcome]) -> None:
+    (sentence,) = {outcome.ring_of_pairs for outcome in outcomes}
+    assert "Ranks 0 and 1 are about to make different collective calls in the group" in sentence
+    assert "rank 0 has [a call on the ep axis with other ranks] and rank 1 has [a call on the edp axis with other ranks]" in sentence
 
 
 @pytest.mark.dist

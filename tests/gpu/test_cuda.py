@@ -107,7 +107,7 @@ def test_steps_of_the_engine_equal_the_host(block: str, recompute: bool) -> None
 
 def test_a_checkpoint_of_device_tensors_is_of_its_moment_and_loads_on_both(tmp_path: Path) -> None:
     """The copy reads what was computed before the save, although the next step follows at once; then back to GPU and host."""
-    pytest.importorskip("crc32c")
+    pytest.importorskip("awscrt")
     from moetrain.base.clock import SystemClock
     from moetrain.checkpoint.checkpointer import Checkpointer
     from moetrain.checkpoint.config import CheckpointConfig
