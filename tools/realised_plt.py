@@ -19,6 +19,7 @@ import numpy as np
 import yaml
 
 from moetrain.base.errors import MoetrainError
+from moetrain.model.config import ModelConfig
 from moetrain.telemetry.experts import load_snapshots
 from moetrain.telemetry.record import Record, read_records
 
@@ -88,10 +89,12 @@ def lost(load_SLE: np.ndarray, surviving: list[tuple[int, np.ndarray]]) -> int:
     return int(load_SLE[gone].sum())
 
 
-def count(load_SLE: np.ndarray, starts: list[Recovery], assignments: int) -> list[Row]:
-    """One row per recovery. A recovery to step S undoes those to later steps, and those to S itself: they gave up the same."""
+def count(load_SLE: np.ndarray, starts: list[Recovery], total: int) -> list[Row]:
+    """One row per recovery. A recovery to step S undoes those to later steps, and those to S itself: they gave up the same.
+
+    `total`: assignments of all layers over the whole run.
+    """
     rows, surviving = list[Row](), list[Recovery]()
-    total = load_SLE.shape[1] * assignments
     for start in starts:
         before = [one for one in surviving if one.step < start.step]
         surviving = [*before, start]
@@ -104,7 +107,7 @@ def count(load_SLE: np.ndarray, starts: list[Recovery], assignments: int) -> lis
 
 
 def read(run: Path) -> tuple[np.ndarray, list[Recovery], int]:
-    """Load of every step up to the last recovery, the recoveries, and the planned assignments of one layer.
+    """Load of every step up to the last recovery, the recoveries, and the planned assignments of all layers.
 
     Raises MoetrainError when a step was not logged by itself.
     """
@@ -116,10 +119,11 @@ def read(run: Path) -> tuple[np.ndarray, list[Recovery], int]:
     if missing or config["telemetry"]["experts_every"] != 1:
         raise MoetrainError(f"{run} does not hold the expert load of every step.", "Train with telemetry.experts_every=1.")
     steps = -(-config["train"]["tokens"] // config["train"]["global_batch_tokens"])
-    assignments = steps * config["train"]["global_batch_tokens"] * config["model"]["routing"]["top_k"]
+    model = ModelConfig.from_dict(config["model"])
+    total = steps * config["train"]["global_batch_tokens"] * model.num_gatings() * model.routing.top_k
     shape = starts[0].age_LE.shape if starts else (1, 1)
     load_SLE = np.array([snapshots[step] for step in range(1, last + 1)]) if last else np.zeros((0, *shape), int)
-    return load_SLE, starts, assignments
+    return load_SLE, starts, total
 
 
 def main(arguments: list[str] | None = None) -> int:

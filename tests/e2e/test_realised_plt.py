@@ -52,14 +52,14 @@ def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("mode", ["experts", "weights16"])
-def test_predicted_and_realised_plt_agree(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, mode: str) -> None:
+@pytest.mark.parametrize(("mode", "model"), [("experts", "small_scmoe"), ("weights16", "small_dgmoe")])
+def test_predicted_and_realised_plt_agree(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, mode: str, model: str
+) -> None:
     run = tmp_path / "run"
-    train_with_faults(
-        corpus, run, monkeypatch, f"checkpoint.mode={mode}", "checkpoint.selection=unsaved_age", "checkpoint.experts_per_save=2"
-    )
-    load_SLE, starts, assignments = read(run)
-    rows = count(load_SLE, starts, assignments)
+    options = (f"model={model}", f"checkpoint.mode={mode}", "checkpoint.selection=unsaved_age", "checkpoint.experts_per_save=2")
+    train_with_faults(corpus, run, monkeypatch, *options)
+    rows = count(*read(run))
     assert len(rows) == len(FAULTS)
     assert all(row.agrees for row in rows)
     assert all(row.alone > 0 and row.predicted > 0 for row in rows)
@@ -80,11 +80,13 @@ def test_a_budget_holds_in_a_run_with_faults_and_k_follows_it(corpus: Path, tmp_
     assert any(1 < count < 8 for count in experts), "more than one expert is needed, fewer than all are enough"
 
 
-def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys) -> None:
-    config = {"telemetry": {"experts_every": 1}, "train": {"tokens": 400, "global_batch_tokens": 40}, "model": {"routing": {"top_k": 1}}}
+@pytest.mark.parametrize(("pair", "load"), [("scmoe", [10, 30]), ("dgmoe", [20, 60])])  # dgmoe: every token chooses twice
+def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys, pair: str, load: list[int]) -> None:
+    model = {"num_layers": 2, "pattern": [pair], "routing": {"num_experts": 2, "top_k": 1}}
+    config = {"telemetry": {"experts_every": 1}, "train": {"tokens": 400, "global_batch_tokens": 40}, "model": model}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     for step in range(1, 5):
-        save_snapshot(tmp_path, Snapshot(step, np.array([[10, 30]]), ("a",)))
+        save_snapshot(tmp_path, Snapshot(step, np.array([load]), ("a",)))
     said = {
         "train/step": 4,
         "event": "resume",
