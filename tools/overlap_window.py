@@ -19,10 +19,13 @@ class Stopwatch:
 
     def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
         started = time.perf_counter()
-        inside = [cast(Tensor, _End.apply(x, self, name)) if x.is_floating_point() else x for x in inputs]
-        output = cast(Tensor, _Begin.apply(operator(*inside), self, name))
+        inside = [self._read(x, name, 1) if x.is_floating_point() else x for x in inputs]
+        output = self._read(operator(*inside), name, -1)
         self.forward[name] = self.forward.get(name, 0.0) + time.perf_counter() - started
         return output
+
+    def _read(self, x: Tensor, name: str, sign: int) -> Tensor:
+        return cast(Tensor, _Reading.apply(x, self, name, sign))
 
     def window(self, names: Collection[str]) -> dict[str, dict[str, float]]:
         """By pass: seconds of these computations, and of the experts."""
@@ -36,31 +39,16 @@ class Stopwatch:
         }
 
 
-class _Begin(torch.autograd.Function):
-    """Behind a computation: its backward begins here."""
+class _Reading(torch.autograd.Function):
+    """The identity; its backward adds the clock to the computation's seconds: `sign` -1 where its backward begins, 1 where it ends."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, watch: Stopwatch, name: str) -> Tensor:
-        ctx.watch, ctx.name = watch, name  # type: ignore[attr-defined]
+    def forward(ctx: FunctionCtx, x: Tensor, watch: Stopwatch, name: str, sign: int) -> Tensor:
+        ctx.watch, ctx.name, ctx.sign = watch, name, sign  # type: ignore[attr-defined]
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        watch, name = ctx.watch, ctx.name  # type: ignore[attr-defined]
-        watch.backward[name] = watch.backward.get(name, 0.0) - time.perf_counter()
-        return grad, None, None
-
-
-class _End(torch.autograd.Function):
-    """Before a computation: its backward ends here."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, watch: Stopwatch, name: str) -> Tensor:
-        ctx.watch, ctx.name = watch, name  # type: ignore[attr-defined]
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        watch, name = ctx.watch, ctx.name  # type: ignore[attr-defined]
-        watch.backward[name] = watch.backward.get(name, 0.0) + time.perf_counter()
-        return grad, None, None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        watch, name, sign = ctx.watch, ctx.name, ctx.sign  # type: ignore[attr-defined]
+        watch.backward[name] = watch.backward.get(name, 0.0) + sign * time.perf_counter()
+        return grad, None, None, None
