@@ -1,4 +1,8 @@
-"""Runs a function on several real processes: gloo over a file store, one torch thread each, results and tracebacks brought home."""
+"""Runs a function on several real processes: gloo over a file store, one torch thread each, results and tracebacks brought home.
+
+The processes are forked from a server that has imported what training imports, and does nothing else: an import takes seconds, and there
+would be one in each rank of each test.
+"""
 
 import multiprocessing
 import os
@@ -13,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+PRELOADED = ["moetrain.launch", "moetrain.build"]
+
 
 def run_ranks(
     fn: Callable[..., Any], world_size: int, tmp_path: Path, *args: Any, timeout: float = 100.0, limit: float = 30.0
@@ -22,13 +28,17 @@ def run_ranks(
     `timeout` seconds for everything, `limit` seconds for one collective. A rank that fails shows its traceback in an AssertionError,
     and the other ranks are ended by process id.
     """
+    return run_processes(_in_a_world, world_size, tmp_path, fn, world_size, limit, args, timeout=timeout)
+
+
+def run_processes(fn: Callable[..., Any], number: int, tmp_path: Path, *args: Any, timeout: float = 100.0) -> list[Any]:
+    """`[fn(folder, 0, *args), fn(folder, 1, *args), ...]`, each in a process of its own; `folder` is new and theirs together."""
     folder = tmp_path / f"ranks-{uuid4().hex}"
     folder.mkdir(parents=True)
-    context = multiprocessing.get_context("spawn")
-    ranks = [
-        context.Process(target=_rank, args=(fn, rank, world_size, folder, limit, args), name=f"rank {rank}", daemon=True)
-        for rank in range(world_size)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    work = folder, dict(os.environ), fn, args
+    ranks = [context.Process(target=_process, args=(rank, *work), name=f"rank {rank}", daemon=True) for rank in range(number)]
     for process in ranks:
         process.start()
     try:
@@ -38,7 +48,7 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
             process.join()
-    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(world_size)]
+    return [pickle.loads((folder / f"result-{rank}").read_bytes()) for rank in range(number)]
 
 
 def _join(ranks: Sequence[BaseProcess], folder: Path, deadline: float, timeout: float) -> None:
@@ -63,19 +73,25 @@ def _report(process: BaseProcess, ranks: Sequence[BaseProcess], folder: Path) ->
     return "\n".join(lines)
 
 
-def _rank(fn: Callable[..., Any], rank: int, size: int, folder: Path, limit: float, args: tuple[Any, ...]) -> None:
+def _process(rank: int, folder: Path, environment: dict[str, str], fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    os.environ.clear()  # the server's is that of the first test
+    os.environ.update(environment)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the machine's own name need not resolve
     import torch
 
-    from moetrain.dist.world import World
-
     torch.set_num_threads(1)
     try:
-        with World.from_file(folder / "store", rank, size, limit) as world:
-            world.barrier("start")  # a rank that ends early must not look like one that never came
-            result = fn(world, *args)
+        result = fn(folder, rank, *args)
         (folder / f"result-{rank}").write_bytes(pickle.dumps(result))
     except BaseException:
         (folder / f"traceback-{rank}").write_text(traceback.format_exc())
         sys.exit(1)
+
+
+def _in_a_world(folder: Path, rank: int, fn: Callable[..., Any], size: int, limit: float, args: tuple[Any, ...]) -> Any:
+    from moetrain.dist.world import World
+
+    with World.from_file(folder / "store", rank, size, limit) as world:
+        world.barrier("start")  # a rank that ends early must not look like one that never came
+        return fn(world, *args)

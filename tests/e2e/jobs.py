@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from moetrain import cli, launch
 from moetrain.store.io import Io
 from moetrain.store.objects import CheckpointFolder
 from moetrain.telemetry.record import METRICS_FILE, Record, read_records
+from tests.kit import run_processes
 from tools.kill_drill import children
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +119,29 @@ def _environment(pid: int) -> bytes:
         return b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
+
+
+def train_forked(ranks: int, overrides: Sequence[str], log: Path) -> str:
+    """launch/train.py on `ranks` ranks under torchrun's environment, without torchrun and without the imports. Returns what they said."""
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment = {
+        "MASTER_ADDR": store.host, "MASTER_PORT": str(store.port), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    codes = run_processes(_train, ranks, log.parent, environment, overrides, log, timeout=LIMIT_SECONDS)
+    said = log.read_text(errors="replace")
+    assert codes == [0] * ranks, said
+    return said
+
+
+def _train(folder: Path, rank: int, environment: dict[str, str], overrides: Sequence[str], log: Path) -> int:
+    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    os.chdir(ROOT)
+    with log.open("ab") as out:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(out.fileno(), stream.fileno())
+    sys.argv = ["launch/train.py", *overrides]
+    return launch.main()
 
 
 def train_here(overrides: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> int:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import Job, events, records, restored_ages, small_run, train_here
+from tests.e2e.jobs import events, records, restored_ages, small_run, train_forked, train_here
 
 
 @pytest.mark.dist
@@ -23,9 +23,7 @@ def test_a_blend_with_boundaries_fsdp_recomputation_and_every_sink(
         "checkpoint.full_every=3", "telemetry.wandb=offline", "telemetry.tensorboard=true", "telemetry.experts_every=3",
         "profile.start_step=2", "profile.num_steps=1",
     ]  # fmt: skip
-    with Job(2, [*overrides, "run.stop_after=6"], tmp_path / "log") as job:
-        assert job.end() == 0, job.output()
-        said = job.output()
+    said = train_forked(2, [*overrides, "run.stop_after=6"], tmp_path / "log")
     assert events(run) == [("start", 0), ("stop", 6)]
     identity = (run / "wandb_id").read_text()
     assert len(offline_runs(run, identity)) == 1

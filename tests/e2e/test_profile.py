@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moetrain import cli
-from tests.e2e.jobs import Job, records, small_run
+from tests.e2e.jobs import records, small_run, train_forked
 
 
 @pytest.mark.dist
@@ -14,9 +14,7 @@ from tests.e2e.jobs import Job, records, small_run
 def test_exchanges_are_accounted_for_and_drawn(corpora: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     comm = ["profile=comm", "profile.start_step=2", "profile.num_steps=2"]
-    with Job(2, small_run(corpora[0], run, 8, *comm), tmp_path / "log") as job:
-        assert job.end() == 0, job.output()
-        said = job.output()
+    said = train_forked(2, small_run(corpora[0], run, 8, *comm), tmp_path / "log")
     assert "of exchanges are hidden" in said and "Measured 2 blocks (mlp, attention, shared)" in said
     waited = [record["perf/exchange_wait_seconds"] for record in records(run) if "train/loss" in record]
     assert len(waited) == 8 and all(isinstance(its, float) and its >= 0 for its in waited)
@@ -35,8 +33,7 @@ def test_exchanges_are_accounted_for_and_drawn(corpora: tuple[Path, Path], tmp_p
 def test_a_trace_holds_the_lanes_of_its_steps(corpora: tuple[Path, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     trace = ["profile=trace", "profile.start_step=2", "profile.num_steps=2"]
-    with Job(2, small_run(corpora[0], run, 4, *trace), tmp_path / "log") as job:
-        assert job.end() == 0, job.output()
+    train_forked(2, small_run(corpora[0], run, 4, *trace), tmp_path / "log")
     events = json.loads((run / "trace" / "rank1.json").read_text())["traceEvents"]
     (pid,) = {event["pid"] for event in events if event.get("args", {}).get("name") == "moetrain lanes"}
     lanes = [event for event in events if event.get("pid") == pid and event["ph"] == "X"]

@@ -11,7 +11,7 @@ import yaml
 from moetrain import cli
 from moetrain.parallel.native import TorchEngine
 from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
-from tests.e2e.jobs import Job, committed_steps, records, small_run, train_here
+from tests.e2e.jobs import committed_steps, records, small_run, train_forked, train_here
 from tools.realised_plt import Recovery, count, lost, main, read
 
 STEPS = 20
@@ -125,8 +125,7 @@ def test_every_lost_step_counts_once_and_recoveries_that_were_undone_do_not() ->
 def test_two_ranks_save_as_often_and_as_much_as_measured_costs_and_a_budget_ask_for(corpus: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     often = ("checkpoint.every_steps=3", "checkpoint.mean_hours_between_failures=0.01")
-    with Job(2, small_run(corpus, run, 24, "checkpoint=plt_budget", *often), tmp_path / "log") as job:
-        assert job.end() == 0, job.output()
+    train_forked(2, small_run(corpus, run, 24, "checkpoint=plt_budget", *often), tmp_path / "log")
     commits = [record for record in records(run) if "checkpoint/plt_if_fault" in record]
     assert len(commits) > 2
     assert all(record["checkpoint/failures"] == 0 for record in records(run) if "checkpoint/failures" in record)

@@ -8,7 +8,7 @@ from moetrain import cli
 from moetrain.model.config import ModelConfig
 from moetrain.model.shapes import check_tensors
 from moetrain.store.bundle import Bundle
-from tests.e2e.jobs import Job, losses, restored_ages, small_run, train_here
+from tests.e2e.jobs import losses, restored_ages, small_run, train_forked, train_here
 
 
 @pytest.mark.dist
@@ -21,8 +21,7 @@ def test_a_bank_of_two_pairs_is_trained_saved_and_resumed_once(
         return small_run(corpora[0], tmp_path / name, 8, *options)
 
     assert train_here(overrides("whole"), monkeypatch) == 0
-    with Job(2, [*overrides("run"), "parallel=fsdp", "run.stop_after=4"], tmp_path / "log") as job:
-        assert job.end() == 0, job.output()
+    train_forked(2, [*overrides("run"), "parallel=fsdp", "run.stop_after=4"], tmp_path / "log")
     assert train_here(overrides("run"), monkeypatch) == 0
     assert restored_ages(tmp_path / "run") == [[0] * 8], "one bank"
     assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "whole"), rel=1e-4)
