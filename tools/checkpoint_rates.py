@@ -13,7 +13,7 @@ import torch
 import zarr
 from zarr.codecs import Crc32cCodec
 
-from moetrain.checkpoint.choose import AHEAD, check, check_object, choose, glance
+from moetrain.checkpoint.choose import check, check_object, choose, glance
 from moetrain.checkpoint.fill import tensor_of
 from moetrain.store.direct import DirectWriter
 from moetrain.store.io import Io
@@ -134,7 +134,7 @@ def recoveries(live: Live, contenders: list[Contender], pairs: int, cold: bool) 
     readers: dict[str, Callable[[], object]] = {contender.name: contender.load for contender in contenders}
     readers[FROM_MEMORY] = ours.load_from_memory
     readers[LIST] = lambda: choose(ours.folder, Io(), glance)
-    readers[VERIFY] = lambda: check(folder, share, check_object, AHEAD)
+    readers[VERIFY] = lambda: check(folder, share, check_object)
     readers[RAW_READ] = lambda: read_raw(files)
     needed = {piece.object for fragment in live.fragments for piece in tensor_of(point, fragment).pieces if piece.value is None}
     contents = [
@@ -146,7 +146,8 @@ def recoveries(live: Live, contenders: list[Contender], pairs: int, cold: bool) 
     found: dict[str, list[float]] = {name: [] for name in readers}
     everything = [path for contender in contenders if contender.folder.exists() for path in contender.folder.rglob("*") if path.is_file()]
     for number in range(pairs + 1):
-        for name, read in readers.items():
+        first = number % len(readers)  # a disk may have rested while the one before it computed
+        for name, read in [*readers.items()][first:] + [*readers.items()][:first]:
             if cold and live.world.is_main:
                 forget(everything)
             live.world.barrier(f"before {name}")

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
-
-AHEAD = 2  # objects that the disk may begin to read while one is being checked
 
 PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
@@ -81,19 +78,14 @@ def remembered(look: Look) -> Look:
     return recall
 
 
-def check(folder: CheckpointFolder, manifest: Manifest, look: Look, ahead: int = 0) -> dict[str, str]:
-    """Object name -> damage of every bad object of a recovery point. `ahead`: AHEAD for a look that reads all of an object."""
+def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str, str]:
+    """Object name -> damage of every bad object of a recovery point."""
     members: dict[str, list[Piece]] = defaultdict(list)
     for tensor in manifest.tensors.values():
         for piece in tensor.pieces:
             members[piece.object].append(piece)
     damage: dict[str, str] = {}
-    coming = iter(manifest.objects)
-    for name in islice(coming, ahead):
-        folder.expect(name)
     for name, record in manifest.objects.items():
-        for later in islice(coming, min(ahead, 1)):
-            folder.expect(later)
         if sentence := look(folder, record, sorted(members[name], key=lambda piece: piece.start)):
             damage[name] = sentence
     return damage
@@ -125,13 +117,13 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
     on_disk = list(folder.history())
     memory = in_memory(on_disk)
     history = newest_first(on_disk, memory)
-    ahead, look = AHEAD if look is check_object else 0, remembered(look)
+    look = remembered(look)
     damage: list[str] = []
     for number, manifest in enumerate(history):
         if isinstance(manifest, CheckpointError):
             damage.append(manifest.message)
             continue
-        bad = check(folder, manifest, look, ahead)
+        bad = check(folder, manifest, look)
         damage += bad.values()
         older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
         repaired = repair(folder, manifest, bad, older, look, damage)

@@ -8,7 +8,7 @@ from pathlib import Path
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.agent_command import add_agent
-from moetrain.checkpoint.choose import AHEAD, check, check_object, remembered
+from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.diff import Difference
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
@@ -151,7 +151,7 @@ def verify(arguments: argparse.Namespace) -> int:
     for save in folder.saves():
         try:
             point = folder.manifest(save)
-            bad = list(check(folder, point, look, AHEAD).values())
+            bad = list(check(folder, point, look).values())
         except CheckpointError as error:
             point, bad = None, [error.message]
         if save not in folder.saves():  # swept by a running job while it was read

@@ -139,7 +139,6 @@ class ObjectReader:
                     raise
                 self._memory = None
         if self._disk is None:
-            self._folder.expect(self._record.name)
             self._disk = open_object(self._folder, self._record)
         return read_values(self._disk, piece, out)
 

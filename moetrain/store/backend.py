@@ -49,10 +49,6 @@ class Backend(Protocol):
         """Fills the views, one after the other, from `offset`. Returns the number of bytes, fewer at the end of the file."""
         ...
 
-    def expect(self, path: Path) -> None:
-        """A hint that all of a file will be read soon."""
-        ...
-
     def size(self, path: Path) -> int: ...
 
     def exists(self, path: Path) -> bool:
@@ -108,7 +104,7 @@ class FolderBackend:
     def __init__(self, io: Io) -> None:
         self.io = io
         self.block_bytes = io.block_bytes
-        self.read, self.read_into, self.expect, self.size, self.exists = io.read, io.read_into, io.expect, io.size, io.exists
+        self.read, self.read_into, self.size, self.exists = io.read, io.read_into, io.size, io.exists
         self.is_folder, self.list, self.remove, self.remove_tree = io.is_folder, io.list, io.unlink, io.remove_tree
         self.settle = io.fsync_folder
 

@@ -159,6 +159,7 @@ class ArrayReader:
 
     def __init__(self, folder: Path, source: Reads) -> None:
         self.folder = folder
+        self._data = folder / DATA
         self._source = source
         try:
             self.metadata = source.read(folder / METADATA)
@@ -215,7 +216,7 @@ class ArrayReader:
             for view in views[:-1:2]:  # while it is still in the processor's cache
                 found = crc32c(view, found)
         if found != crc:
-            raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones in the manifest.")
+            raise CheckpointError(f"{self._data} is damaged: its values are not the ones in the manifest.")
         return result.astype(self.dtype.newbyteorder("="), copy=False)
 
     def verify(self, pieces: Sequence[tuple[int, int, int]]) -> None:
@@ -227,11 +228,11 @@ class ArrayReader:
             inside = edges[bisect_right(edges, start) : bisect_right(edges, stop)]
             stored = self._verify_chunk(start, inside, buffer, parts)
             if join(parts, start, stop, item).to_bytes(4, "little") != stored:
-                raise CheckpointError(f"{self.folder / DATA} is damaged: the checksum of chunk {start // self._chunk} does not match.")
+                raise CheckpointError(f"{self._data} is damaged: the checksum of chunk {start // self._chunk} does not match.")
         for start, size, crc in pieces:
             self._check_range(start, size)
             if size and join(parts, start, start + size, item) != crc:
-                raise CheckpointError(f"{self.folder / DATA} is damaged: its values are not the ones in the manifest.")
+                raise CheckpointError(f"{self._data} is damaged: its values are not the ones in the manifest.")
 
     def _verify_chunk(self, start: int, edges: Sequence[int], buffer: memoryview, parts: dict[int, tuple[int, int]]) -> bytes:
         """Adds the parts of the chunk that begins at value `start`, one up to each edge; returns the checksum that is stored behind it."""
@@ -261,12 +262,12 @@ class ArrayReader:
             values, stored = np.empty(self._chunk, self.dtype), bytearray(4)
             self._fill(number * (values.nbytes + 4), [bytes_of(values), memoryview(stored)])
             if checksum(bytes_of(values)) != stored:
-                raise CheckpointError(f"{self.folder / DATA} is damaged: the checksum of chunk {number} does not match.")
+                raise CheckpointError(f"{self._data} is damaged: the checksum of chunk {number} does not match.")
             self._last = number, values
         return self._last[1]
 
     def _check_index(self) -> None:
-        path, chunk_bytes = self.folder / DATA, self._chunk * self.dtype.itemsize
+        path, chunk_bytes = self._data, self._chunk * self.dtype.itemsize
         count = num_chunks(self.size, self._chunk)
         index = shard_index(count, chunk_bytes)
         expected = count * (chunk_bytes + 4) + len(index) + 4
@@ -284,7 +285,7 @@ class ArrayReader:
             raise CheckpointError(f"{path} is damaged: its chunk index is wrong or names a missing chunk.")
 
     def _fill(self, offset: int, views: Sequence[memoryview]) -> None:
-        path = self.folder / DATA
+        path = self._data
         try:
             count = self._source.read_into(path, offset, views)
         except FileNotFoundError:

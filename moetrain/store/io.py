@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
@@ -129,15 +128,6 @@ class Io:
     def _count(self, num_bytes: int) -> None:
         with self._counting:
             self.bytes_read += num_bytes
-
-    def expect(self, path: Path) -> None:
-        """Lets the system begin to read a file that will be read soon; an absent one is fine."""
-        with suppress(FileNotFoundError):
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
 
     def exists(self, path: Path) -> bool:
         return path.exists()

@@ -103,11 +103,6 @@ class CheckpointFolder:
         """An object by its name in a manifest. Raises CheckpointError when its description, length or index is damaged."""
         return ArrayReader(self.object_folder(name), self.io)
 
-    def expect(self, name: str) -> None:
-        """A hint that this object will be read soon, so that the disk does not wait for what is done with the one before."""
-        for file in (METADATA, DATA):
-            self.io.expect(self.object_folder(name) / file)
-
     # receipts and outcomes
 
     def put_receipt(self, save: SaveId, rank: int, receipt: dict) -> None:

@@ -132,9 +132,6 @@ class S3Backend:
         with self._counting:
             self.bytes_read += num_bytes
 
-    def expect(self, path: Path) -> None:
-        """Nothing can be asked for ahead of time."""
-
     def size(self, path: Path) -> int:
         try:
             return obstore.head(self._store, _key(path))["size"]

@@ -183,9 +183,6 @@ class MemoryFs(Io):
             total += len(part)
         return total
 
-    def expect(self, path: Path) -> None:
-        """All of it is in memory."""
-
     def exists(self, path: Path) -> bool:
         return self._find(path) is not None
 
