@@ -3,8 +3,8 @@
     python -m tools.bench_experts --device cpu --json benchmarks/experts_cpu.json
 
 Every method is held against the loop in float64 before it is timed. Methods take turns; figures are medians over rounds, ratios are
-medians of the rounds' own ratios to the loop. The floor of a pass is the larger of its operations over the matrix peak and its
-unavoidable bytes (weights, rows in and out, their gradients, once each) over the bandwidth, both measured here on random data.
+medians of the rounds' own ratios to the loop. The roofline of a shape is the matrix peak, or the bandwidth times its operations per
+unavoidable byte (weights, rows in and out, their gradients, once each), whichever is less; both are measured here on random data.
 """
 
 import argparse
@@ -35,6 +35,10 @@ class Shape:
     experts: int
     hidden: int
     ffn: int
+
+    def roofline(self, peak: float, bytes_per_second: float, item: int) -> float:
+        """FLOP/s that nothing of this shape can exceed."""
+        return min(peak, self.flops / self.bytes(item) * bytes_per_second)
 
     @property
     def flops(self) -> float:
@@ -68,7 +72,8 @@ class Timing:
     low: float = 0.0  # 10th percentile
     high: float = 0.0  # 90th
     over_loop: float = 0.0  # median of paired ratios; below 1 is faster than the loop
-    over_floor: float = 0.0
+    flops_per_second: float = 0.0
+    of_roofline: float = 0.0  # what part of the roofline's FLOP/s they are
     refused: str = ""  # why it was not timed
 
 
@@ -133,7 +138,7 @@ def worst_error(got: list[Tensor], wanted: list[Tensor]) -> float:
     return max(float((a.double() - b).norm() / b.norm().clamp(min=1e-30)) for a, b in zip(got, wanted, strict=True))
 
 
-def compare(name: str, shape: Shape, dtype_name: str, device: torch.device, rounds: int, floor_seconds: float) -> list[Timing]:
+def compare(name: str, shape: Shape, dtype_name: str, device: torch.device, rounds: int, roofline: float) -> list[Timing]:
     """All methods on one problem, the wrong and the impossible ones untimed."""
     counts = uneven_counts(shape)
     inputs, pull = problem(shape, DTYPES[dtype_name], device)
@@ -161,7 +166,8 @@ def compare(name: str, shape: Shape, dtype_name: str, device: torch.device, roun
             timing.seconds = statistics.median(found)
             timing.low, timing.high = ordered[len(ordered) // 10], ordered[-1 - len(ordered) // 10]
             timing.over_loop = statistics.median(a / b for a, b in zip(found, seconds["loop"], strict=True)) if "loop" in seconds else 0.0
-            timing.over_floor = timing.seconds / floor_seconds
+            timing.flops_per_second = shape.flops / timing.seconds
+            timing.of_roofline = timing.flops_per_second / roofline
     return timings
 
 
@@ -172,17 +178,19 @@ def benchmark(
     bytes_per_second = bandwidth(device, copy_bytes)
     peaks = {dtype: peak_flops(device, DTYPES[dtype], size) for dtype in dtypes}
     print(f"copy {bytes_per_second / 1e9:,.0f} GB/s; " + "; ".join(f"{dtype} {peak / 1e12:,.2f} TFLOP/s" for dtype, peak in peaks.items()))
-    timings: list[Timing] = []
+    timings, rooflines = list[Timing](), dict[str, dict[str, object]]()
     for name, shape in shapes.items():
         for dtype in dtypes:
-            floor = max(shape.flops / peaks[dtype], shape.bytes(DTYPES[dtype].itemsize) / bytes_per_second)
-            found = compare(name, shape, dtype, device, rounds, floor)
+            roofline = shape.roofline(peaks[dtype], bytes_per_second, DTYPES[dtype].itemsize)
+            rooflines[f"{name} {dtype}"] = {"flops_per_second": roofline, "bound by": "matmul" if roofline == peaks[dtype] else "memory"}
+            found = compare(name, shape, dtype, device, rounds, roofline)
             timings += found
             for timing in found:
                 print(line(timing), flush=True)
     ceilings: dict[str, object] = {"bytes_per_second": bytes_per_second, "flops": peaks}
     sizes = {name: asdict(shape) for name, shape in shapes.items()}
-    return {"ceilings": ceilings, "shapes": sizes, "rounds": rounds, "seed": SEED, "timings": [asdict(timing) for timing in timings]}
+    found = [asdict(timing) for timing in timings]
+    return {"ceilings": ceilings, "rooflines": rooflines, "shapes": sizes, "rounds": rounds, "seed": SEED, "timings": found}
 
 
 def line(timing: Timing) -> str:
@@ -190,7 +198,7 @@ def line(timing: Timing) -> str:
     if timing.refused:
         return f"{head} not timed: {timing.refused}"
     spread = f"{1e3 * timing.seconds:8.3f} ms ({1e3 * timing.low:.3f} to {1e3 * timing.high:.3f})"
-    return f"{head} {spread}, {timing.over_loop:.2f} x loop, {timing.over_floor:.2f} x floor, off by {timing.error:.0e}"
+    return f"{head} {spread}, {timing.over_loop:.2f} x loop, {timing.of_roofline:.0%} of the roofline, off by {timing.error:.0e}"
 
 
 def main(arguments: list[str]) -> int:

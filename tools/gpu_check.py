@@ -1,6 +1,6 @@
 """All that a few minutes on a GPU can tell, in one call: the tests marked gpu, then speeds beside their floors, each as JSON.
 
-    python -m tools.gpu_check                                  on a machine with a GPU; about 5 minutes
+    python -m tools.gpu_check                                  on a machine with a GPU; about 8 minutes
     python -m tools.gpu_check --device cpu --quick --out DIR   the same code at toy sizes, without the tests
 
 Run it in the repository's root; moetrain need not be installed. Each part writes OUT/gpu_<part>.json when it is done, so a session that is
@@ -27,6 +27,7 @@ from moetrain.telemetry.env import collect
 from tools.bench_experts import QUICK, SHAPES, bandwidth, benchmark
 
 ROOT = Path(__file__).resolve().parents[1]
+TESTS_SECONDS = 180.0  # a test that hangs must leave time for the rest
 PRIVATE = ("installed at", "executable", "host", "system")  # of the machine, not of the measurement
 Result = dict[str, object]
 
@@ -72,7 +73,8 @@ def tests(session: Session) -> Result:
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, f"--rootdir={ROOT}", "-m", "gpu", "-q", "--continue-on-collection-errors"]
     command += ["-p", "no:cacheprovider", f"--junit-xml={report}", *files]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))}
-    status = subprocess.run(command, cwd=ROOT, env=environment, timeout=max(session.left, 60), check=False).returncode
+    limit = min(max(session.left, 60), TESTS_SECONDS)
+    status = subprocess.run(command, cwd=ROOT, env=environment, timeout=limit, check=False).returncode
     if not report.is_file():
         raise PartFailed(f"pytest ended with status {status} and no report", {"status": status})
     cases = list(ElementTree.parse(report).iter("testcase"))
@@ -99,6 +101,24 @@ def experts(session: Session) -> Result:
     return benchmark(session.device, SHAPES, ["float32", "bfloat16"], 15, 8192, 2**30)
 
 
+def null_transport(session: Session) -> Result:
+    """What the code around exchanges costs when nothing is exchanged."""
+    from tools.gpu_null import overhead
+
+    return overhead(session.device, session.quick, min(20.0, session.left / 8))
+
+
+def link(name: str) -> Callable[[Session], Result]:
+    """ScMoE beside its opponents over an emulated link, at one point of tools/gpu_overlap.py."""
+
+    def part(session: Session) -> Result:
+        from tools.gpu_overlap import POINTS, measure
+
+        return measure(POINTS[name], session.device, session.quick, min(18.0, session.left / 8))
+
+    return part
+
+
 def training(session: Session) -> Result:
     """Steps of gpt_moe_8e and gpt_125m_8e."""
     from tools.bench_step import training
@@ -116,9 +136,14 @@ def generation(session: Session) -> Result:
 PARTS: dict[str, Callable[[Session], Result]] = {
     "environment": environment,
     "tests": tests,
+    "null_transport": null_transport,
+    "link_60": link("60"),
     "experts": experts,
+    "link_75": link("75"),
     "training": training,
+    "link_15": link("15"),
     "generation": generation,
+    "link_60_real": link("60_real"),
 }
 
 
@@ -167,7 +192,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda", 0) if options.device == "cuda" else torch.device(options.device)
     session = Session(device, options.quick, options.out, options.budget, time.monotonic())
     verdicts = {name: run_part(name, session) for name in options.parts}
-    print("---\n" + "\n".join(f"{name:12} {verdict}" for name, verdict in verdicts.items()))
+    print("---\n" + "\n".join(f"{name:14} {verdict}" for name, verdict in verdicts.items()))
     return 1 if any(verdict.startswith("FAILED") for verdict in verdicts.values()) else 0
 
 

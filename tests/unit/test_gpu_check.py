@@ -10,37 +10,67 @@ from torch import Tensor
 
 from moetrain.config import compose, to_config
 from tools import bench_experts, gpu_check
-from tools.bench_experts import QUICK, compare
+from tools.bench_experts import QUICK, Shape, compare
 from tools.bench_step import CASES, model_config
 from tools.gpu_check import PARTS, PartFailed, Session, main
 from tools.gpu_check import tests as gpu_tests
+from tools.gpu_overlap import POINTS
+from tools.overlap_cases import opponents
+
+OVERLAP = ["null_transport", "link_60"]  # the other points are the same code
+SPEED = [part for part in PARTS if part != "null_transport" and not part.startswith("link_")]
 
 
 def quick(folder: Path, *parts: str) -> int:
-    return main(["--device", "cpu", "--quick", "--out", str(folder), "--parts", *(parts or PARTS)])
+    return main(["--device", "cpu", "--quick", "--out", str(folder), "--parts", *parts])
 
 
 def read(folder: Path, part: str) -> dict:
     return json.loads((folder / f"gpu_{part}.json").read_text())
 
 
-def test_every_part_runs_on_a_cpu_and_writes_its_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert quick(tmp_path) == 0
+def test_tests_and_speeds_run_on_a_cpu_and_write_their_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert quick(tmp_path, *SPEED) == 0
     text = capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {f"gpu_{part}.json" for part in PARTS}
-    for part in PARTS:
+    assert {path.name for path in tmp_path.iterdir()} == {f"gpu_{part}.json" for part in SPEED}
+    for part in SPEED:
         facts = read(tmp_path, part)
         assert facts["verdict"] == ("skipped: tests marked gpu need a CUDA device" if part == "tests" else "done")
         assert facts["torch"] == torch.__version__ and facts["quick"]
-        assert f"{part:12} {facts['verdict']}" in text
+        assert f"{part:14} {facts['verdict']}" in text
     assert "host" not in read(tmp_path, "environment")["moetrain"]
     timings = read(tmp_path, "experts")["timings"]
     assert {timing["method"] for timing in timings} == {"loop", "bmm", "grouped_mm", "loop again"}
     assert all(timing["seconds"] > 0 for timing in timings if not timing["refused"])
+    assert all(timing["of_roofline"] > 0 for timing in timings if not timing["refused"])
     for model in ("gpt_moe_8e", "gpt_125m_8e"):
         variants = read(tmp_path, "training")[model]["variants"]
         assert all(found["last_loss"] < found["first_loss"] and found["mfu"] > 0 for found in variants.values())
         assert all(found["tokens_per_second"] > 0 for found in read(tmp_path, "generation")[model])
+
+
+def test_overlap_on_a_cpu_checks_its_results_and_says_that_the_link_is_emulated(tmp_path: Path) -> None:
+    assert quick(tmp_path, *OVERLAP) == 0
+    null, found = (read(tmp_path, part) for part in OVERLAP)
+    assert max(null["errors"].values()) < 1e-4 and null["one rank against plain"] < 1e-5
+    assert null["added_share"]["median"] > 0 and set(null["wall_ratios"]) == {"plain again", "axis of one rank", "null transport"}
+    assert found["link"].startswith("EMULATED") and found["payload_bytes_per_second"] > 0
+    assert set(found["laps"]) == {run.name for run in opponents()}
+    assert set(found["figures"]["ratios"]) >= {"A/A", "top-2 serial", "top-1 serial", "shared expert, overlapped, the best"}
+    assert all(set(parts) == {"forward", "backward"} for parts in found["figures"]["hiding"].values())
+    assert max(found["errors"].values()) < 1e-4
+    assert all(one["gradients equal to the bit"] for one in found["checked"].values())
+
+
+def test_every_point_of_the_link_is_a_part() -> None:
+    assert {part.removeprefix("link_") for part in PARTS if part.startswith("link_")} == set(POINTS)
+
+
+def test_the_roofline_is_the_lower_of_peak_and_bandwidth() -> None:
+    shape = Shape(rows=10, experts=2, hidden=3, ffn=4)
+    assert shape.flops == 18 * 10 * 3 * 4 and shape.bytes(2) == 2 * (9 * 2 * 3 * 4 + 4 * 10 * 3)
+    assert shape.roofline(1e3, 1e9, 2) == 1e3
+    assert shape.roofline(1e12, 336.0, 2) == pytest.approx(336.0 * 2160 / 672)
 
 
 def test_a_part_that_fails_or_lacks_a_package_lets_the_others_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
