@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.dist.mesh import Axis
-from moetrain.dist.transport import Work, bytes_to_others
+from moetrain.dist.transport import Passed, Work, bytes_to_others
 
 
 @dataclass
@@ -33,6 +33,8 @@ class Flight:
         started = watch.clock.monotonic()
         with watch.operation(self.name):
             self.work.wait()
+        if watch.watchdog and self.received.is_cuda:
+            watch.track(self.name, Passed(self.received.device))
         self.axis.link.of(self.name).waited_seconds += watch.clock.monotonic() - started
         return self.received.to(self.dtype)
 
@@ -47,7 +49,6 @@ def launch(name: str, rows: Tensor, send_sizes: list[int], receive_sizes: list[i
     traffic.sent_bytes += bytes_to_others(sent, send_sizes, axis)
     with axis.world.watch.operation(name):
         work = link.transport.launch(name, sent, received, send_sizes, receive_sizes, axis)
-    axis.world.watch.track(name, work)
     return Flight(name, axis, sent, received, rows.dtype, work)
 
 

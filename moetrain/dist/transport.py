@@ -36,6 +36,20 @@ class Work(Protocol):
         ...
 
 
+class Passed:
+    """A point of a GPU's current stream, complete when the device has come by.
+
+    Made behind the wait for an exchange it stands for the exchange, and holds none of its memory: a work of nccl keeps the received rows
+    for as long as anybody keeps the work, the watchdog too.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.current_stream(device).record_event()
+
+    def is_completed(self) -> bool:
+        return self._event.query()
+
+
 class Transport(Protocol):
     def launch(
         self, name: str, sent: Tensor, received: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], axis: "Axis"
@@ -124,7 +138,7 @@ class PointToPoint:
 class Collective:
     """The stock all-to-all. On GPUs nccl runs it on the stream of the axis's own communicator, beside the computation.
 
-    Tensors need no `record_stream`: the Flight holds both until the current stream was made to wait.
+    Tensors need no `record_stream`: torch and the Flight both hold them until the current stream was made to wait.
     """
 
     def launch(
@@ -147,10 +161,10 @@ class Blocking:
     def launch(
         self, name: str, sent: Tensor, received: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], axis: "Axis"
     ) -> Work:
+        _reach(sent.device)  # the host runs ahead: what was computed before is no part of the exchange
         started = self._clock.monotonic()
         self.inner.launch(name, sent, received, send_sizes, receive_sizes, axis).wait()
-        if received.is_cuda:
-            torch.cuda.current_stream(received.device).synchronize()
+        _reach(received.device)
         self.seconds.setdefault(name, []).append(self._clock.monotonic() - started)
         self.sent_bytes.setdefault(name, []).append(bytes_to_others(sent, send_sizes, axis))
         return _Together([])
@@ -172,6 +186,12 @@ class Null:
             return self.counts.launch(name, sent, received, send_sizes, receive_sizes, axis)
         imitate(sent, received)
         return _Together([])
+
+
+def _reach(device: torch.device) -> None:
+    """Waits on the host until a GPU has done what its current stream was given."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def imitate(sent: Tensor, received: Tensor) -> None:
