@@ -9,14 +9,17 @@ with the same number of chunks must be equal to the bit. tools/overlap_cases.py 
 
     opponents   top-2 serial and in chunks, top-1, shared expert serial and overlapped, ScMoE Pos-2
     core        fewer of them, for a point whose laps are long
+    hiding      ScMoE alone, many rounds: what of its exchanges hides, forward and backward, beside what could
+    share       which part of top-2's MoE time is exchange
     positions   the three positions of the shortcut
-    schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks
+    schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks; what chunks gain where the exchanges outlast the window
     peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
     transport   all-to-alls alone
     adaptive    the schedule that the planner chooses beside every other, at several sizes
     steps       whole training steps by the engine, gradient reduction and update included
     change      a run under the planner whose link gets another rate (--to)
 
+A point is a link and a share of exchange in top-2's MoE time. The width of all FFNs is found first, so that this machine has that share.
 Results are added to the JSON file under the name of group, point and routing. Plot: python -m tools.overlap_plot FILE.json IMAGE.png
 """
 
@@ -37,14 +40,19 @@ from pathlib import Path
 from tools import overlap_figures
 from tools.hosts import Host, two_hosts
 from tools.overlap_adaptive import adaptive_summary, change_summary
-from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Run
+from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Run, Size
 from tools.overlap_figures import interval
 from tools.overlap_rank import PARTS, Job
 from tools.overlap_step import step_lines, step_summary
 from tools.overlap_transport import summary
 
 LIMIT_SECONDS = 900.0
+CALIBRATIONS, CALIBRATION_ROUNDS, SHARE_ERROR = 3, 11, 0.02
+ROUNDS = {"hiding": 41}
 WAIT_SECONDS = 120.0  # for the machine to become quiet
+
+
+SIZED = (*GROUPS, "steps", "change")  # parts whose FFN width is the point's
 
 
 def run_job(hosts: tuple[Host, Host], job: Job, folder: Path, next_rate: str = "") -> list[dict]:
@@ -81,10 +89,35 @@ def wait_until_quiet(limit: float) -> float:
     return load
 
 
+def calibrated(hosts: tuple[Host, Host], job: Job, share: float, folder: Path) -> Size:
+    """The job's size with the FFN as wide as makes exchanges this share of top-2's MoE time, on this machine and link."""
+    ffn, tried = job.size.ffn, list[tuple[int, float]]()
+    for number in range(CALIBRATIONS):
+        place = folder / f"share-{number}"
+        place.mkdir()
+        trial = replace(job, part="share", folder=str(place), rounds=CALIBRATION_ROUNDS, evenly=True, size=replace(job.size, ffn=ffn))
+        now = overlap_figures.share(run_job(hosts, trial, place))
+        if abs(now - share) < SHARE_ERROR:
+            break
+        tried.append((ffn, (1 / now - 1) / (1 / share - 1)))  # all but exchange, in units of what it shall be
+        ffn = max(32, round(wider(tried) / 32) * 32)
+    return replace(job.size, ffn=ffn)
+
+
+def wider(tried: list[tuple[int, float]]) -> float:
+    """The width at which a line through the last two trials is 1; through the origin while there is one only."""
+    (before, least), (ffn, time) = ([(0, 0.0), *tried])[-2:]
+    return ffn + (1 - time) * (ffn - before) / (time - least) if time != least else ffn
+
+
 def figures_of(part: str, found: list[dict]) -> dict:
     """What the ranks' findings say, by group."""
     if part in ("opponents", "core"):
         return overlap_figures.opponents(found)
+    if part == "share":
+        return {"share": {"median": overlap_figures.share(found)}, "ratios": {}}
+    if part == "hiding":
+        return overlap_figures.alone(found)
     if part == "positions":
         return overlap_figures.positions(found, list(POSITIONS))
     if part == "schedules":
@@ -133,7 +166,8 @@ def main() -> int:
     parser.add_argument("part", choices=[*GROUPS, *PARTS])
     parser.add_argument("--point", choices=POINTS, default="60", help="which part of top-2's MoE time is exchange (default: %(default)s)")
     parser.add_argument("--routing", choices=("even", "real"), default="even", help="forced balance, or as the gates choose")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, help="default 15; of hiding 41")
+    parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point's share")
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
     parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")
     parser.add_argument("--load", type=float, default=0.5, help="highest load average to begin at (default: %(default)s)")
@@ -143,10 +177,14 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # hosts are taken down on the way out
     point = POINTS[options.point]
     size = SMALL if options.small else point.size
-    size = replace(size, pairs=options.pairs or size.pairs)
+    size = replace(size, pairs=options.pairs or size.pairs, ffn=options.ffn or size.ffn)
+    rounds = options.rounds or ROUNDS.get(options.part, 15)
     load = wait_until_quiet(options.load)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
-        job = Job(options.part, folder, options.rounds, options.routing == "even", size, options.small)
+        job = Job(options.part, folder, rounds, options.routing == "even", size, options.small)
+        if point.share and options.part in SIZED and not (options.small or options.ffn):
+            size = calibrated(hosts, job, point.share, Path(folder))
+            job = replace(job, size=size)
         found = run_job(hosts, job, Path(folder), options.to)
     figures = figures_of(options.part, found)
     title = f"{options.part}, point {options.point}, {options.routing} routing"
@@ -157,7 +195,7 @@ def main() -> int:
         results = json.loads(options.json.read_text()) if options.json.exists() else {}
         results[title] = {
             "command": ["python", "-m", "tools.bench_overlap", *sys.argv[1:]], "versions": versions(), "load_average": load,
-            "rate": point.rate, "size": asdict(size), "figures": figures, "ranks": found,
+            "rate": point.rate, "share": point.share, "rounds": rounds, "size": asdict(size), "figures": figures, "ranks": found,
         }  # fmt: skip
         options.json.write_text(json.dumps(results) + "\n")
     return 0

@@ -44,19 +44,21 @@ SMALL = Size(hidden=16, ffn=24, experts=4, sequences=1, seq_len=16)
 
 @dataclass(frozen=True)
 class Point:
-    """A link and a size; `share`: what part of top-2's MoE time its exchanges shall take, about. rate "": the link is not limited."""
+    """A link and the size to begin with. `share`: what part of top-2's MoE time its exchanges shall take; the FFN is made as wide as this
+    machine needs for it. None: the size is as it is. rate "": the link is not limited.
+    """
 
     rate: str
-    share: str
+    share: float | None
     size: Size = Size()
 
 
 POINTS = {
-    "60": Point("200mbit", "60 %"),
-    "75": Point("100mbit", "75 %"),
-    "85": Point("50mbit", "85 %"),
-    "15": Point("200mbit", "15 %", Size(ffn=8960, sequences=4)),  # more arithmetic a byte; a faster link would make the CPU the link
-    "unlimited": Point("", "none"),
+    "60": Point("200mbit", 0.60),
+    "75": Point("100mbit", 0.75),
+    "85": Point("50mbit", 0.85),
+    "15": Point("200mbit", 0.15, Size(ffn=8960)),  # more arithmetic a byte; a faster link would make the CPU the link
+    "unlimited": Point("", None),
 }
 
 
@@ -124,6 +126,21 @@ def core() -> list[Run]:
     return [run for run in opponents() if run not in left_out]
 
 
+def share() -> list[Run]:
+    """What says how much of top-2's MoE time is exchange."""
+    return [Run(TOP_2, SERIAL), Run(TOP_2, EXCHANGE), Run(TOP_2, REST)]
+
+
+def hiding() -> list[Run]:
+    """ScMoE alone, so that many rounds are short."""
+    return [
+        Run(SCMOE, SERIAL, (3,)),
+        Run(SCMOE, NULL, (3,)),
+        Run(SCMOE, EXCHANGE),
+        *(Run(SCMOE, OVERLAPPED, slots) for slots in ((2,), (3,), (2, 3), (4, 4, 4, 4))),
+    ]
+
+
 def positions() -> list[Run]:
     """The three positions at their likely slots, beside top-2."""
     best = {"ScMoE Pos-1": ((2,), (1, 2)), SCMOE: ((2,), (3,)), "ScMoE Pos-3": ((3,), (4,))}
@@ -146,7 +163,9 @@ def chunked(most: int = 4) -> list[Run]:
     last = num_operators(SCMOE) + 1
     slots = {(slot,) * chunks for slot in range(1, last + 1) for chunks in (1, 2, most)}
     slots |= {(slot, slot + 1) for slot in range(1, last)} | {(slot, slot, slot + 1, slot + 1) for slot in range(1, last)}
-    return [Run(TOP_2, SERIAL), *(Run(SCMOE, OVERLAPPED, one) for one in sorted(slots))]
+    return [Run(SCMOE, NULL, (3,)), Run(SCMOE, EXCHANGE), *(Run(SCMOE, OVERLAPPED, one) for one in sorted(slots))]
 
 
-GROUPS = {"opponents": opponents, "core": core, "positions": positions, "peers": peers, "schedules": chunked}
+GROUPS = {
+    "opponents": opponents, "core": core, "share": share, "hiding": hiding, "positions": positions, "peers": peers, "schedules": chunked,
+}  # fmt: skip
