@@ -45,7 +45,7 @@ def nccl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Axis]:
     """The axis of a world of one rank over nccl."""
     torch.cuda.set_device(DEVICE)
     store = FileStore(str(tmp_path_factory.mktemp("nccl") / "store"), 1)
-    dist.init_process_group("cpu:gloo,cuda:nccl", rank=0, world_size=1, store=store)
+    dist.init_process_group("nccl", rank=0, world_size=1, store=store)
     yield Axis("ep", (0,), 0, dist.group.WORLD, World(0, 1, 0, DEVICE, "nccl", TIMEOUT))
     dist.destroy_process_group()
 
