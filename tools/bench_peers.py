@@ -4,6 +4,8 @@
 
 Before anything is timed, the first loss of every contender must be ours, and its gradient norm too. Contenders take turns; ratios are of
 the rounds' own times. Achieved: the model's operations a second over what this machine's matrix product of random numbers does at most.
+The floor is a step of nothing but its own matrix products and attentions, forward and backward, one after the other: no step that
+computes them can be faster, and what the best peer takes over it is the most that anybody could gain on that peer.
 DeepSpeed and Megatron-Core are left out when they are not installed. OLMoE normalises queries and keys; ours beside it does so too.
 """
 
@@ -15,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from importlib.metadata import version
@@ -23,8 +25,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from torch._ops import OpOverload
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from moetrain.data.batch import Batch
 from moetrain.model.config import ModelConfig
 from moetrain.model.count import training_flops_per_token
 from moetrain.parallel.config import EngineConfig
@@ -35,10 +40,11 @@ from tools.peers import DeepSpeedLayer, MegatronLayer, Ours, Trained, Trainer, h
 
 EXPERIMENT = "gpt_moe_8e_top2"
 OURS, AGAIN, OURS_OLMOE = "moetrain", "moetrain again", "moetrain as OLMoE"
+FLOOR, MOST = "floor: products and attention alone", "the best peer over the floor"
 CASE, SMALL = Case(12, 256, 1), Case(2, 16, 1)
 INIT_STD = 0.1  # of the start: with the usual one experts are so small that a wrong one would not show in the first loss
 LOSS, NORM = 1e-4, 2e-2  # relative; the balance losses of others are other sums, and count in the norm
-MATMUL = ("mm", "addmm", "bmm", "baddbmm", "_scaled_dot_product_flash_attention_for_cpu")  # forward and backward
+MATMUL = ("mm", "addmm", "bmm", "baddbmm", "grouped_mm")  # and attentions
 
 
 def measured_model(small: bool) -> ModelConfig:
@@ -67,6 +73,40 @@ def baseline(name: str) -> str:
     return OURS_OLMOE if "OLMoE" in name else OURS
 
 
+class Products(TorchDispatchMode):
+    """Keeps every matrix product and attention of the steps inside, with what it is given; `step` makes them again and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[OpOverload, tuple[object, ...], dict[str, object]]] = []
+
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        if is_product(func.__name__):
+            self.calls.append((func, args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def step(self, batch: Batch) -> Trained:
+        with torch.no_grad():
+            for func, args, kwargs in self.calls:
+                func(*args, **kwargs)
+        return Trained(float("nan"), float("nan"))
+
+
+def is_product(operator: str) -> bool:
+    """Of an operator's name, `aten::` before it or the overload behind it."""
+    name = operator.split("::")[-1].split(".")[0]
+    return name.strip("_") in {word.strip("_") for word in MATMUL} or "scaled_dot_product" in name
+
+
+def products_of(trainer: Trainer, batch: Batch) -> Products:
+    products = Products()
+    with products:
+        trainer.step(batch)
+    return products
+
+
 def check(first: dict[str, Trained]) -> None:
     """Raises RuntimeError when a contender does not compute what ours does."""
     for name, found in first.items():
@@ -82,6 +122,7 @@ def measure(
     batch = random_batch(config, case, 0)
     first = {name: trainer.step(batch) for name, trainer in trainers.items()}
     check(first)
+    trainers = trainers | {FLOOR: products_of(trainers[OURS], batch)}
     seconds: dict[str, list[float]] = {name: [] for name in trainers}
     names = list(trainers)
     for number in range(rounds + 1):
@@ -103,6 +144,13 @@ def figures(seconds: dict[str, list[float]], flops: float, peak: float, tokens: 
         rows[name] = {"seconds": middle, "tokens_per_second": tokens / middle, "of_peak": flops / middle / peak,
                       "ours_is_faster": with_interval(ratios)}  # fmt: skip
     return rows
+
+
+def most(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """What could be gained on the fastest of the peers by doing nothing but the products."""
+    peers = [name for name in seconds if name not in (OURS, AGAIN, OURS_OLMOE, FLOOR) and baseline(name) == OURS]
+    best = min(peers, key=lambda name: statistics.median(seconds[name]))
+    return with_interval([peer / least for peer, least in zip(seconds[best], seconds[FLOOR], strict=True)])
 
 
 def lines(rows: dict[str, dict], peak: float) -> Iterator[str]:
@@ -127,7 +175,7 @@ def profiled(trainer: Trainer, config: ModelConfig, case: Case) -> dict[str, flo
 
 def profile_lines(times: dict[str, float]) -> Iterator[str]:
     total = sum(times.values())
-    matmul = sum(seconds for name, seconds in times.items() if any(word in name.split("::")[-1] for word in MATMUL))
+    matmul = sum(seconds for name, seconds in times.items() if is_product(name))
     yield f"{1e3 * total:.1f} ms a step under the profiler, {matmul / total:.0%} of it matrix products and attention"
     for name, seconds in list(times.items())[:25]:
         yield f"  {name:60} {1e3 * seconds:8.2f} ms {seconds / total:6.1%}"
@@ -165,13 +213,15 @@ def main() -> int:
     tokens = case.sequences * case.seq_len
     flops = training_flops_per_token(config, case.seq_len) * tokens
     rows = figures(seconds, flops, peak, tokens)
+    could = most(seconds)
     print("\n".join(lines(rows, peak)))
+    print(f"{MOST}: {could['median']:.2f} ({could['low']:.2f} to {could['high']:.2f})")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         result = {
             "command": ["python", "-m", "tools.bench_peers", *sys.argv[1:]], "versions": versions(), "experiment": EXPERIMENT,
             "case": asdict(case), "threads": options.threads, "load_average": os.getloadavg(), "peak_flops": peak, "flops": flops,
-            "first": {name: found._asdict() for name, found in first.items()}, "contenders": rows, "seconds": seconds,
+            "first": {name: found._asdict() for name, found in first.items()}, "contenders": rows, "most": could, "seconds": seconds,
         }  # fmt: skip
         options.json.write_text(json.dumps(result) + "\n")
     return 0

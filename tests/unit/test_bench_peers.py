@@ -6,7 +6,21 @@ import pytest
 import torch
 
 from moetrain.parallel.config import EngineConfig
-from tools.bench_peers import OURS, SMALL, check, contenders, figures, lines, measure, measured_model, profile_lines, profiled
+from tools.bench_peers import (
+    FLOOR,
+    OURS,
+    SMALL,
+    check,
+    contenders,
+    figures,
+    lines,
+    measure,
+    measured_model,
+    most,
+    products_of,
+    profile_lines,
+    profiled,
+)
 from tools.bench_step import random_batch
 from tools.peers import Ours, Trained, hugging_face
 
@@ -59,3 +73,18 @@ def test_the_profile_says_what_is_no_matrix_product() -> None:
     assert {"aten::mm", "aten::index_select"} & set(times)
     text = "\n".join(profile_lines({"aten::mm": 0.3, "aten::addmm": 0.1, "aten::copy_": 0.6}))
     assert "40% of it matrix products" in text and "60.0%" in text
+
+
+def test_the_floor_makes_every_product_of_a_step_again_and_nothing_else() -> None:
+    config = replace(measured_model(small=True), num_layers=1)
+    batch = random_batch(config, SMALL, 0)
+    products = products_of(Ours(config, EngineConfig(autocast="off")), batch)
+    made = products_of(products, batch)
+    assert len(made.calls) == len(products.calls) > 0
+    names = {func.__name__.split(".")[0] for func, _, _ in products.calls}
+    assert names == {"mm", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}
+
+
+def test_the_most_that_can_be_gained_is_the_fastest_peer_over_the_floor() -> None:
+    seconds = {OURS: [2.0, 2.0], "slow": [9.0, 9.0], "fast": [3.0, 6.0], FLOOR: [1.0, 2.0]}
+    assert most(seconds) == {"median": 3.0, "low": 3.0, "high": 3.0}
