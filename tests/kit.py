@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-PRELOADED = ["moetrain.launch", "moetrain.build"]
+PRELOADED = ["moetrain.launch", "moetrain.build", "torch._dynamo"]  # the last: FSDP2 and recomputation import it
 
 
 def run_ranks(

@@ -40,7 +40,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         everything = BankSite(tuple(range(config.routing.num_experts)), LocalDispatcher())
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding draws its values, which on the meta device imports torch._dynamo: two seconds of every rank's start, for nothing.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = nn.ModuleList()
         self.places, moe = config.places(), dict[str, MoE]()
         for place in self.places:
