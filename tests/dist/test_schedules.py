@@ -55,6 +55,7 @@ class Outcome:
     loss: float
     moments: list[Fragment]
     num_pairs: int
+    load_LE: Tensor
     times: Counter[str]  # exchanges of this rank by name
 
 
@@ -91,7 +92,8 @@ def one_step(world: World, case: Case) -> Outcome:
     every = [[micro_batch(0, index * RANKS + rank) for rank in range(RANKS)] for index in range(case.accumulation)]
     batches = [merged(of_ranks) if alone else of_ranks[world.rank] for of_ranks in every]
     result = engine.step(batches, 1e-3, lambda: None)
-    return Outcome(result.loss, [f for f in detached(engine.state()) if f.component == "m"], result.num_pairs, counted.times)
+    moments = [fragment for fragment in detached(engine.state()) if fragment.component == "m"]
+    return Outcome(result.loss, moments, result.num_pairs, result.load, counted.times)
 
 
 def on_ranks(world: World, cases: list[Case]) -> list[Outcome]:
@@ -132,8 +134,13 @@ def test_slots_and_waits_change_no_bit_and_chunks_only_rounding(outcomes: dict[C
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("case", ACCUMULATED, ids=lambda case: case.kind)
 def test_recomputation_and_accumulation_exchange_each_row_once_each_way(outcomes: dict[Case, list[Outcome]], case: Case) -> None:
-    """Four gatings: 2 micro-batches x 3 chunks of rows out and back, their gradients, and one count exchange for all chunks."""
+    """Four gatings: 2 micro-batches x 3 chunks of rows out and back, their gradients, and one count exchange for all chunks.
+
+    And every assignment is counted once for the balance.
+    """
+    plain = one_step(World.single(torch.device("cpu")), replace(case, dense="replicate", num_chunks=1, recompute=False))
     rows = [f"{what}rows {way} experts" for what in ("", "gradient of ") for way in ("to", "from")]
     for outcome in outcomes[case]:
         assert outcome.times == dict.fromkeys(rows, 4 * 2 * 3) | {"expert counts": 4 * 2}
         assert outcome.num_pairs == 4 * 2 * RANKS * 16
+        assert torch.equal(outcome.load_LE, plain.load_LE) and int(plain.load_LE.sum()) > 0
