@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import sys
 from collections.abc import Iterator
@@ -175,7 +176,10 @@ def campaign(variants: list[str], seeds: list[int], shared: list[str], folder: P
         return
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(make, variant, seed, shared, folder) for variant, seed in missing]
-        yield from (future.result() for future in as_completed(futures))
+        try:
+            yield from (future.result() for future in as_completed(futures))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a stop: what was not begun is left for the next start
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -301,4 +305,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the pool's end: no worker is left behind
     sys.exit(main(sys.argv[1:]))
