@@ -80,13 +80,26 @@ def run_job(hosts: tuple[Host, Host], job: Job, folder: Path, next_rate: str = "
 
 
 def wait_until_quiet(limit: float) -> float:
-    """The load average when it is below the limit. Raises SystemExit when it does not come down."""
+    """Cores that others keep busy, once they are fewer than the limit. Raises SystemExit when they do not let go."""
     deadline = time.monotonic() + WAIT_SECONDS
-    while (load := os.getloadavg()[0]) > limit:
+    while (busy := busy_cores()) > limit:
         if time.monotonic() > deadline:
-            raise SystemExit(f"The load average is {load:.2f}, above {limit}: somebody else uses the cores. Use --load to measure anyway.")
-        time.sleep(2)
-    return load
+            raise SystemExit(f"Others keep {busy:.2f} cores busy, more than {limit}. Use --busy to measure anyway.")
+    return busy
+
+
+def busy_cores(seconds: float = 1.0) -> float:
+    """How many cores computed on average in the next `seconds`, as the kernel counts them."""
+    before = processor_ticks()
+    time.sleep(seconds)
+    spent = [after - earlier for after, earlier in zip(processor_ticks(), before, strict=True)]
+    idle = spent[3] + spent[4]
+    return (1 - idle / sum(spent)) * (os.cpu_count() or 1)
+
+
+def processor_ticks() -> list[int]:
+    """Of all cores together: user, nice, system, idle, waiting for a disk, interrupts, soft interrupts, stolen."""
+    return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
 def calibrated(hosts: tuple[Host, Host], job: Job, share: float, folder: Path) -> Size:
@@ -170,7 +183,7 @@ def main() -> int:
     parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point's share")
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
     parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")
-    parser.add_argument("--load", type=float, default=0.5, help="highest load average to begin at (default: %(default)s)")
+    parser.add_argument("--busy", type=float, default=0.1, help="cores that others may use when it begins (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a size for a test")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -179,7 +192,7 @@ def main() -> int:
     size = SMALL if options.small else point.size
     size = replace(size, pairs=options.pairs or size.pairs, ffn=options.ffn or size.ffn)
     rounds = options.rounds or ROUNDS.get(options.part, 15)
-    load = wait_until_quiet(options.load)
+    busy = wait_until_quiet(options.busy)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
         job = Job(options.part, folder, rounds, options.routing == "even", size, options.small)
         if point.share and options.part in SIZED and not (options.small or options.ffn):
@@ -188,13 +201,16 @@ def main() -> int:
         found = run_job(hosts, job, Path(folder), options.to)
     figures = figures_of(options.part, found)
     title = f"{options.part}, point {options.point}, {options.routing} routing"
-    print(title, f"({point.rate or 'no limit'}, width {size.hidden}, FFN {size.ffn}, {size.tokens} tokens a rank, load {load:.2f})")
+    print(
+        title,
+        f"({point.rate or 'no limit'}, width {size.hidden}, FFN {size.ffn}, {size.tokens} tokens a rank, others used {busy:.2f} cores)",
+    )
     print("\n".join(table(options.part, found, figures)))
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         results = json.loads(options.json.read_text()) if options.json.exists() else {}
         results[title] = {
-            "command": ["python", "-m", "tools.bench_overlap", *sys.argv[1:]], "versions": versions(), "load_average": load,
+            "command": ["python", "-m", "tools.bench_overlap", *sys.argv[1:]], "versions": versions(), "busy_cores": busy,
             "rate": point.rate, "share": point.share, "rounds": rounds, "size": asdict(size), "figures": figures, "ranks": found,
         }  # fmt: skip
         options.json.write_text(json.dumps(results) + "\n")
