@@ -48,7 +48,7 @@ from tools.overlap_transport import summary
 
 LIMIT_SECONDS = 900.0
 CALIBRATIONS, CALIBRATION_ROUNDS, SHARE_ERROR = 3, 11, 0.02
-ROUNDS = {"hiding": 41}
+ROUNDS = {"hiding": 161}
 WAIT_SECONDS = 120.0  # for the machine to become quiet
 
 
@@ -179,7 +179,7 @@ def main() -> int:
     parser.add_argument("part", choices=[*GROUPS, *PARTS])
     parser.add_argument("--point", choices=POINTS, default="60", help="which part of top-2's MoE time is exchange (default: %(default)s)")
     parser.add_argument("--routing", choices=("even", "real"), default="even", help="forced balance, or as the gates choose")
-    parser.add_argument("--rounds", type=int, help="default 15; of hiding 41")
+    parser.add_argument("--rounds", type=int, help="default 15; of hiding 161")
     parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point's share")
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
     parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")

@@ -137,7 +137,7 @@ def hiding() -> list[Run]:
         Run(SCMOE, SERIAL, (3,)),
         Run(SCMOE, NULL, (3,)),
         Run(SCMOE, EXCHANGE),
-        *(Run(SCMOE, OVERLAPPED, slots) for slots in ((2,), (3,), (2, 3), (4, 4, 4, 4))),
+        *(Run(SCMOE, OVERLAPPED, slots) for slots in ((3,), (2, 3))),
     ]
 
 
