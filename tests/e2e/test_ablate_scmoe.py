@@ -10,8 +10,6 @@ from moetrain.base.errors import MoetrainError
 from tests.e2e.jobs import SMALL
 from tools.ablate_scmoe import AGAINST, SHARED, SIZE, TOP_2, VARIANTS, Result, config_of, interval, main, result_file, summary, table
 
-ROOT = Path(__file__).parents[2]
-RECORD = ROOT / "benchmarks" / "ablate_scmoe.json"
 PAIRED = [TOP_2, "DGMoE"]
 
 
