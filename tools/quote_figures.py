@@ -3,8 +3,9 @@
     python -m tools.quote_figures            writes the pages
     python -m tools.quote_figures --check    writes nothing; exit status 1 when a figure is not what its file says
 
-A row names its file and key as `benchmarks/FILE.json` `key.inner:format`: a Python format, or `len` for the length of a list. Without the
-file the value reads "see FILE". True and false are written yes and no.
+A row names its file and key as `benchmarks/FILE.json` `key.inner:format`: a Python format, or `len` for the length of a list. A key that
+holds `median`, `low` and `high` is written with its interval. Without the file the value reads "see FILE". True and false are written yes
+and no.
 """
 
 import argparse
@@ -27,6 +28,9 @@ def figure(root: Path, file: str, key: str, style: str | None) -> str:
         value = value[name]
     if style == "len":
         return str(len(value))
+    if isinstance(value, dict):
+        median, low, high = (format(value[name], style or "") for name in ("median", "low", "high"))
+        return f"{median} ({low} to {high})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return format(value, style or "")

@@ -130,9 +130,12 @@ def test_figures_in_the_readme_are_those_of_the_benchmarks() -> None:
 
 def test_figures_are_quoted_with_their_format(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
-    (tmp_path / "benchmarks" / "a.json").write_text(json.dumps({"ok": True, "x": {"y": 1.23456}, "kills": [1, 2, 3], "bytes": 318000}))
+    (tmp_path / "benchmarks" / "a.json").write_text(
+        json.dumps({"ok": True, "x": {"y": 1.23456}, "kills": [1, 2, 3], "bytes": 318000, "r": {"median": 1, "low": 0.5, "high": 2}})
+    )
     row = "| name | see benchmarks/a.json | `benchmarks/a.json` `{}` | |"
-    for key, shown in (("ok", "yes"), ("x.y:.3f", "1.235"), ("kills:len", "3"), ("bytes:,d", "318,000")):
+    cases = (("ok", "yes"), ("x.y:.3f", "1.235"), ("kills:len", "3"), ("bytes:,d", "318,000"), ("r:.1f", "1.0 (0.5 to 2.0)"))
+    for key, shown in cases:
         assert quoted(row.format(key), tmp_path) == row.format(key).replace("see benchmarks/a.json", shown)
     assert quoted(row.replace("a.json", "absent.json").format("x"), tmp_path).count("see benchmarks/absent.json") == 1
     with pytest.raises(KeyError):
