@@ -58,10 +58,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "DGMoE, not distinct": ("model.pattern=[dgmoe]", "model.shortcut.distinct=false"),
     "DGMoE-Share": ("model.pattern=[dgmoe]", "model.shortcut.pairs_per_bank=2"),
 }
+PATIENT = ("checkpoint.timeout_seconds=3600", "checkpoint.agent.deadline_seconds=3600")  # a campaign may be paused while others measure
 SIZE = (
     *small_job(width=96, seq_len=128), "model.num_layers=6", "model.expert_ffn_size=192", "model.shared_ffn_size=192", "optim.lr=3e-3",
     "optim.warmup_fraction=0.1", "engine.autocast=off", "train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0",
-    "checkpoint.every_steps=0",
+    "checkpoint.every_steps=0", *PATIENT,
 )  # fmt: skip
 CLASH_BATCHES = 16
 # 97.5 % quantiles of Student's t by degrees of freedom, one less than seeds.
