@@ -15,6 +15,7 @@ from pathlib import Path
 
 SUBNET = "10.77.0"
 START_SECONDS = 10.0
+MOST_BURST_KB, BURST_KB_PER_MBIT = 256, 2.56
 # The first process of a host: mounts what is private, then buries orphans until it is killed.
 INIT = """
 import ctypes, os, signal, subprocess, sys, time
@@ -83,8 +84,12 @@ class Host:
         subprocess.run(["ip", "-n", self.namespace, "link", "set", self.interface, "up" if up else "down"], check=True)
 
     def limit(self, rate: str) -> None:
-        """What it sends leaves at this rate at most (such as `100mbit`) from now on. The queue holds a message: nothing is lost."""
-        shape = ["root", "tbf", "rate", rate, "burst", "256kb", "limit", "16mb"]
+        """What it sends leaves at this rate at most (such as `100mbit`) from now on. The queue holds a message: nothing is lost.
+
+        The burst is 20 ms of a slow line: a longer one would give back what a pause between two exchanges cost.
+        """
+        burst = min(MOST_BURST_KB, round(float(rate.removesuffix("mbit")) * BURST_KB_PER_MBIT))
+        shape = ["root", "tbf", "rate", rate, "burst", f"{burst}kb", "limit", "16mb"]
         run("ip", "netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", self.interface, *shape)
 
 

@@ -58,6 +58,7 @@ POINTS = {
     "75": Point("100mbit", 0.75),
     "85": Point("50mbit", 0.85),
     "15": Point("200mbit", 0.15, Size(ffn=8960)),  # more arithmetic a byte; a faster link would make the CPU the link
+    "window": Point("30mbit", None, Size(ffn=1536, sequences=16)),  # the exchanges take about twice as long as their window
     "unlimited": Point("", None),
 }
 
