@@ -14,9 +14,9 @@ from moetrain.model.schedule import Schedule
 from moetrain.parallel.config import OverlapConfig
 from moetrain.parallel.observer import StepObserver
 from moetrain.parallel.planner import OverlapPlanner
-from tools.checkpoint_figures import with_interval
 from tools.overlap_arms import Arms
 from tools.overlap_cases import OVERLAPPED, SCMOE, SHARED, SMALL, Size, num_operators
+from tools.overlap_figures import best_over_best
 from tools.overlap_unit import Lap, Unit
 
 MAX_CHUNKS = 2
@@ -95,14 +95,8 @@ def name(slots: tuple[int, ...]) -> str:
 
 
 def regret(case: dict) -> dict[str, float]:
-    """Seconds of the chosen schedule over those of the best. The best is found in half of the rounds and timed in the other half: the
-    fastest of many medians of the same rounds would be faster than itself."""
-    ratios = []
-    for half in (0, 1):
-        judged = min(case["seconds"], key=lambda slots: statistics.median(case["seconds"][slots][half::2]))
-        pairs = zip(case["seconds"][case["chosen"]][1 - half :: 2], case["seconds"][judged][1 - half :: 2], strict=True)
-        ratios += [chosen / best for chosen, best in pairs]
-    return with_interval(ratios)
+    """Seconds of the chosen schedule over those of the best."""
+    return best_over_best({case["chosen"]: case["seconds"][case["chosen"]]}, case["seconds"])
 
 
 def adaptive_summary(found: list[dict]) -> dict[str, object]:

@@ -35,13 +35,18 @@ def ratio(found: list[dict], slow: str, fast: str) -> Figure:
 
 
 def ratio_of_best(found: list[dict], slow: Sequence[str], fast: Sequence[str]) -> Figure:
-    """As `ratio`, of the best run of each. The best are found in half of the rounds and timed in the other half, both ways round: the
-    fastest of many medians of the same rounds would be faster than itself.
+    """As `ratio`, of the best run of each."""
+    return best_over_best(*({name: series(found, name) for name in names} for names in (slow, fast)))
+
+
+def best_over_best(slow: dict[str, list[float]], fast: dict[str, list[float]]) -> Figure:
+    """Seconds of the best of the one over those of the best of the other, round by round. The best are found in half of the rounds and
+    timed in the other half, both ways round: the fastest of many medians of the same rounds would be faster than itself.
     """
     ratios = []
     for half in (0, 1):
-        slowest, fastest = (min(names, key=lambda name: statistics.median(series(found, name)[half::2])) for names in (slow, fast))
-        pairs = zip(series(found, slowest)[1 - half :: 2], series(found, fastest)[1 - half :: 2], strict=True)
+        chosen = [min(its, key=lambda name: statistics.median(its[name][half::2])) for its in (slow, fast)]
+        pairs = zip(slow[chosen[0]][1 - half :: 2], fast[chosen[1]][1 - half :: 2], strict=True)
         ratios += [a / b for a, b in pairs]
     return with_interval(ratios)
 
