@@ -11,16 +11,12 @@ import argparse
 import json
 import os
 import shlex
-import shutil
-import signal
 import statistics
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -41,7 +37,8 @@ from moetrain.routing.select import TopK
 from moetrain.routing.types import Routing, RoutingContext
 from moetrain.telemetry.record import read_records
 from moetrain.train.loop import DONE, train
-from tools.small_job import TOKENS_PER_STEP, small_job
+from tools.campaign import Campaign, leave_on_sigterm
+from tools.small_job import small_job
 
 TOP_2, SHARED, SCMOE = "top-2", "shared expert, cg1", "ScMoE Pos-2, cg1"
 AGAINST = (TOP_2, SHARED)
@@ -60,10 +57,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 }
 PATIENT = ("checkpoint.timeout_seconds=3600", "checkpoint.agent.deadline_seconds=3600")  # a campaign may be paused while others measure
 SIZE = (
-    *small_job(width=96, seq_len=128), "model.num_layers=6", "model.expert_ffn_size=192", "model.shared_ffn_size=192", "optim.lr=3e-3",
-    "optim.warmup_fraction=0.1", "engine.autocast=off", "train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0",
-    "checkpoint.every_steps=0", *PATIENT,
-)  # fmt: skip
+    *small_job(width=128, seq_len=256),
+    *("model.num_layers=4", "model.ffn_size=352", "model.expert_ffn_size=352", "model.shared_ffn_size=352"),
+    *("train.global_batch_tokens=3072", "optim.lr=1.5e-3", "engine.autocast=off"),
+    *("train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0", "checkpoint.every_steps=0", *PATIENT),
+)
 CLASH_BATCHES = 16
 # 97.5 % quantiles of Student's t by degrees of freedom, one less than seeds.
 T_QUANTILES = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
@@ -78,7 +76,6 @@ class Result:
     loss: float  # nats per held-out token
     bits_per_byte: float
     clash: float | None
-    overrides: list[str]  # what all runs of the campaign share, its length included
 
 
 @dataclass
@@ -117,10 +114,9 @@ def config_of(variant: str, shared: list[str], *own: str) -> TrainConfig:
     return config
 
 
-def run_to_the_end(variant: str, seed: int, shared: list[str], folder: Path) -> Result:
-    """Trains and evaluates one variant in this process; what lies in `folder` from a run that was killed is thrown away."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def run_to_the_end(case: tuple[str, int, list[str]], folder: Path) -> dict:
+    """Trains and evaluates one variant with one seed in this process, in an empty folder."""
+    variant, seed, shared = case
     place = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"data.seed={seed}")
     config = config_of(variant, shared, *place)
     with ExitStack() as stack:
@@ -133,54 +129,13 @@ def run_to_the_end(variant: str, seed: int, shared: list[str], folder: Path) -> 
         assert isinstance(run.engine, TorchEngine)
         clash = clash_rate(run.engine, config.data) if "dgmoe" in config.model.pattern else None
     measured = [record for record in read_records(folder) if "evaluation/bits_per_byte" in record][-1]
-    shutil.rmtree(folder)
-    return Result(variant, seed, float(measured["evaluation/loss"]), float(measured["evaluation/bits_per_byte"]), clash, shared)
-
-
-def result_file(folder: Path, variant: str, seed: int) -> Path:
-    return folder / f"{variant.lower().replace(',', '').replace(' ', '-')}-{seed}.json"
-
-
-def kept(folder: Path, variant: str, seed: int, shared: list[str]) -> Result | None:
-    """What an earlier start of the campaign found. Raises MoetrainError when it was another campaign."""
-    file = result_file(folder, variant, seed)
-    if not file.is_file():
-        return None
-    result = Result(**json.loads(file.read_text(encoding="utf-8")))
-    if result.overrides != shared:
-        raise MoetrainError(f"{file} is of a campaign with other settings.", "Give another --folder, or the settings of this one.")
-    return result
-
-
-def make(variant: str, seed: int, shared: list[str], folder: Path) -> Result:
-    """Runs and keeps one result; the file appears whole or not at all."""
-    torch.set_num_threads(1)
-    file = result_file(folder, variant, seed)
-    result = run_to_the_end(variant, seed, shared, file.with_suffix(".run"))
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps(asdict(result)) + "\n", encoding="utf-8")
-    partial.rename(file)
-    return result
+    return asdict(Result(variant, seed, float(measured["evaluation/loss"]), float(measured["evaluation/bits_per_byte"]), clash))
 
 
 def campaign(variants: list[str], seeds: list[int], shared: list[str], folder: Path, jobs: int) -> Iterator[Result]:
     """Results as they come, kept ones first. All variants of a seed are begun before the next: an early stop leaves whole seeds."""
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = []
-    for variant, seed in ((variant, seed) for seed in seeds for variant in variants):
-        if (result := kept(folder, variant, seed, shared)) is None:
-            missing.append((variant, seed))
-        else:
-            yield result
-    if jobs == 1:
-        yield from (make(variant, seed, shared, folder) for variant, seed in missing)
-        return
-    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(make, variant, seed, shared, folder) for variant, seed in missing]
-        try:
-            yield from (future.result() for future in as_completed(futures))
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a stop: what was not begun is left for the next start
+    cases = {f"{variant}-{seed}": (variant, seed, shared) for seed in seeds for variant in variants}
+    yield from (Result(**found) for found in Campaign(folder, shared, jobs).run(run_to_the_end, cases))
 
 
 def interval(values: list[float]) -> dict[str, float]:
@@ -270,7 +225,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
-    parser.add_argument("--steps", type=int, default=960, help=f"of {TOKENS_PER_STEP} tokens")
+    parser.add_argument("--tokens", type=int, default=1_200_000, help="trained on by every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablate"), help="where results are kept")
     parser.add_argument("--json", type=Path)
@@ -279,7 +234,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     if len(set(options.seeds)) - 1 not in T_QUANTILES:
         parser.error(f"an interval takes 2 to {max(T_QUANTILES) + 1} different seeds")
-    shared = [*SIZE, f"train.tokens={TOKENS_PER_STEP * options.steps}", *options.overrides]
+    shared = [*SIZE, f"train.tokens={options.tokens}", *options.overrides]
     configs = {variant: config_of(variant, shared) for variant in options.variants}
     ensure_prepared(configs[options.variants[0]].data, show_progress=True)
     results = []
@@ -298,7 +253,7 @@ def main(arguments: list[str]) -> int:
             "overrides": shared,
             "tokens": configs[options.variants[0]].train.tokens,
         }
-        runs = [{key: value for key, value in asdict(one).items() if key != "overrides"} for one in results]
+        runs = [asdict(one) for one in results]
         options.json.write_text(json.dumps(facts | {"variants": rows, "runs": runs}, indent=1) + "\n", encoding="utf-8")
     if options.png:
         draw(results, rows, options.png)
@@ -306,5 +261,5 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # through the pool's end: no worker is left behind
+    leave_on_sigterm()
     sys.exit(main(sys.argv[1:]))

@@ -4,15 +4,15 @@
 
 A fault ends the run at a random step and takes the memory of all nodes with it, the worst case: everything comes back from the folder.
 Faults are at the same steps for all modes of a seed. Every run ends at the same step and is evaluated on the whole held-out text.
+A finished run keeps its figures in the folder: the same command goes on after a stop.
 """
 
 import argparse
 import json
 import random
-import shutil
+import shlex
 import statistics
 import sys
-import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -23,12 +23,14 @@ import torch
 
 from moetrain.build import build
 from moetrain.config import TrainConfig, check, compose, to_config
+from moetrain.data.prepare import ensure_prepared
 from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.parallel.engine import StepResult
 from moetrain.telemetry.record import read_records
 from moetrain.train.loop import train
 from moetrain.train.run import Run
+from tools.campaign import Campaign, leave_on_sigterm
 from tools.small_job import TOKENS_PER_STEP, small_job
 
 MODES = ("none", "full", "moments", "weights16", "experts")
@@ -101,18 +103,17 @@ def result(folder: Path, mode: str, seed: int, faults: list[int], seconds: float
     )  # fmt: skip
 
 
-def run_to_the_end(mode: str, seed: int, faults: list[int], folder: Path, options: argparse.Namespace) -> Result:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+def run_to_the_end(case: tuple[str, int, list[int], list[str]], folder: Path) -> dict:
+    """One mode with one seed in this process, in an empty folder, through all its `faults` (steps)."""
+    mode, seed, faults, shared = case
     own = [f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"data.seed={seed}"]
-    own += [f"train.tokens={TOKENS_PER_STEP * options.steps}", f"checkpoint.every_steps={options.every}"]
-    own.append(f"checkpoint.mode={'full' if mode == 'none' else mode}")
-    config = to_config(compose([*SMALL, *own, *options.overrides]))
+    config = to_config(compose([*shared, *own, f"checkpoint.mode={'full' if mode == 'none' else mode}"]))
     check(config, 1)
+    faults = [] if mode == "none" else faults
     started = time.monotonic()
-    for fault in [*([] if mode == "none" else faults), None]:
+    for fault in [*faults, None]:
         life(config, folder, fault)
-    return result(folder, mode, seed, [] if mode == "none" else faults, round(time.monotonic() - started, 1))
+    return asdict(result(folder, mode, seed, faults, round(time.monotonic() - started, 1)))
 
 
 def fault_steps(seed: int, options: argparse.Namespace) -> list[int]:
@@ -176,30 +177,33 @@ def draw(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> int:
+def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES, help="run beside `none`, which has no faults")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--faults", type=int, default=10)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--every", type=int, default=10, help="steps between checkpoints")
-    parser.add_argument("--folder", type=Path, help="where runs are kept (default: a temporary folder, removed at the end)")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--folder", type=Path, default=Path("runs/loss_under_faults"), help="where results are kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     parser.add_argument("overrides", nargs="*", help="of launch/train.py, after --")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    shared = [*SMALL, f"train.tokens={TOKENS_PER_STEP * options.steps}", f"checkpoint.every_steps={options.every}", *options.overrides]
+    ensure_prepared(to_config(compose(shared)).data, show_progress=True)
+    modes = list(dict.fromkeys(["none", *options.modes]))
+    faults = {seed: fault_steps(seed, options) for seed in options.seeds}
+    cases = {f"{mode}-{seed}": (mode, seed, faults[seed], shared) for seed in options.seeds for mode in modes}
     results: list[Result] = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for seed in options.seeds:
-            for mode in options.modes:
-                results.append(
-                    run_to_the_end(mode, seed, fault_steps(seed, options), (options.folder or Path(temporary)) / f"{mode}-{seed}", options)
-                )
-                print(json.dumps(asdict(results[-1])), flush=True)
+    for found in Campaign(options.folder, [*shared, f"faults={options.faults}"], options.jobs).run(run_to_the_end, cases):
+        results.append(Result(**found))
+        print(json.dumps(found), flush=True)
+    results.sort(key=lambda one: (one.seed, modes.index(one.mode)))
     rows = summary(results)
     print(table(rows))
     if options.json:
-        command = "python -m tools.loss_under_faults " + " ".join(sys.argv[1:])
+        command = shlex.join(["python", "-m", "tools.loss_under_faults", *arguments])
         found = {"command": command, "steps": options.steps, "every": options.every, "modes": rows, "runs": [asdict(r) for r in results]}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.png:
@@ -208,4 +212,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave_on_sigterm()
+    sys.exit(main(sys.argv[1:]))

@@ -8,19 +8,21 @@ import pytest
 
 from moetrain.base.errors import MoetrainError
 from tests.e2e.jobs import SMALL
-from tools.ablate_scmoe import AGAINST, SHARED, SIZE, TOP_2, VARIANTS, Result, config_of, interval, main, result_file, summary, table
+from tools.ablate_scmoe import AGAINST, SHARED, SIZE, TOP_2, VARIANTS, Result, config_of, interval, main, summary, table
+from tools.campaign import Campaign
 
 PAIRED = [TOP_2, "DGMoE"]
 
 
-def arguments(folder: Path, corpus: Path, *seeds: str, steps: int = 3) -> list[str]:
+def arguments(folder: Path, corpus: Path, *seeds: str, tokens: int = 3072) -> list[str]:
     smaller = [*SMALL, f"data.corpora.0.path={corpus}", "train.global_batch_tokens=1024", "telemetry.console=off"]
     places = ["--folder", str(folder), "--json", str(folder / "all.json"), "--png", str(folder / "all.png")]
-    return ["--variants", *PAIRED, "--seeds", *seeds, "--steps", str(steps), "--jobs", "1", *places, "--", *smaller]
+    return ["--variants", *PAIRED, "--seeds", *seeds, "--tokens", str(tokens), "--jobs", "1", *places, "--", *smaller]
 
 
 def test_a_stopped_campaign_goes_on_where_it_was_and_sums_up_seed_by_seed(tmp_path, corpus, capsys):
-    half_made = result_file(tmp_path, "DGMoE", 2).with_suffix(".run")
+    results = Campaign(tmp_path, [], 1)
+    half_made = results.file("DGMoE-2").with_suffix(".run")
     half_made.mkdir()
     (half_made / "metrics.jsonl").write_text("torn")
     main(arguments(tmp_path, corpus, "1", "2"))
@@ -28,8 +30,9 @@ def test_a_stopped_campaign_goes_on_where_it_was_and_sums_up_seed_by_seed(tmp_pa
     assert len(first) == 4
     assert not half_made.exists()
 
-    kept, lost = result_file(tmp_path, TOP_2, 1), result_file(tmp_path, "DGMoE", 2)
-    kept.write_text(json.dumps(first[kept.name] | {"loss": 9.0}))  # a run made again would not find this loss
+    kept, lost = results.file(f"{TOP_2}-1"), results.file("DGMoE-2")
+    changed = first[kept.name]["result"] | {"loss": 9.0}  # a run made again would not find this loss
+    kept.write_text(json.dumps(first[kept.name] | {"result": changed}))
     lost.unlink()
     capsys.readouterr()
     main(arguments(tmp_path, corpus, "1", "2"))
@@ -48,7 +51,7 @@ def test_a_stopped_campaign_goes_on_where_it_was_and_sums_up_seed_by_seed(tmp_pa
     assert (tmp_path / "all.png").stat().st_size > 10_000
 
     with pytest.raises(MoetrainError, match="other settings"):
-        main(arguments(tmp_path, corpus, "1", "2", steps=4))
+        main(arguments(tmp_path, corpus, "1", "2", tokens=4096))
 
 
 def test_intervals_are_those_of_students_t():
@@ -59,7 +62,7 @@ def test_intervals_are_those_of_students_t():
 
 def test_variants_cost_what_top_2_does_but_for_the_gates_and_top_1():
     configs = {variant: config_of(variant, list(SIZE)) for variant in VARIANTS}
-    rows = summary([Result(variant, seed, 4.0 + seed, 2.0, None, []) for variant in VARIANTS for seed in (1, 2)], configs)
+    rows = summary([Result(variant, seed, 4.0 + seed, 2.0, None) for variant in VARIANTS for seed in (1, 2)], configs)
     flops = {variant: row["flops_per_token"] / rows[TOP_2]["flops_per_token"] for variant, row in rows.items()}
     assert flops.pop("top-1") < 0.9
     assert all(abs(ratio - 1) < 0.005 for ratio in flops.values())
