@@ -48,6 +48,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "top-1": (_EVERY_SECOND,),
     **{f"shared expert, {gate}": ("model.pattern=[dense,shared]", f"model.shared_gate={gate}") for gate in ("add", "cg1", "cg2")},
     **{f"ScMoE Pos-2, {gate}": ("model.pattern=[scmoe]", f"model.shared_gate={gate}") for gate in ("add", "cg1", "cg2")},
+    "ScMoE Pos-2, cg1, sigmoid scores": ("model.pattern=[scmoe]", "model.routing.score=sigmoid"),
     "ScMoE Pos-1, cg1": ("model.pattern=[scmoe]", "model.shortcut.positions=[1]"),
     "ScMoE Pos-3, cg1": ("model.pattern=[scmoe]", "model.shortcut.positions=[3]"),
     "ScMoE Pos-1 first, then Pos-2, cg1": ("model.pattern=[scmoe]", "model.shortcut.positions=[1,2]"),
