@@ -60,7 +60,7 @@ PATIENT = ("checkpoint.timeout_seconds=3600", "checkpoint.agent.deadline_seconds
 SIZE = (
     *small_job(width=128, seq_len=256),
     *("model.num_layers=4", "model.ffn_size=352", "model.expert_ffn_size=352", "model.shared_ffn_size=352"),
-    *("train.global_batch_tokens=3072", "optim.lr=1.5e-3", "engine.autocast=off"),
+    *("train.global_batch_tokens=3072", "optim.lr=1.5e-3", "optim.warmup_fraction=0.1", "engine.autocast=off"),
     *("train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0", "checkpoint.every_steps=0", *PATIENT),
 )
 CLASH_BATCHES = 16
