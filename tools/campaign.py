@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
 
@@ -44,8 +44,11 @@ class Campaign:
             futures = [pool.submit(self._one, make, name, cases[name]) for name in missing]
             try:
                 yield from (future.result() for future in as_completed(futures))
-            finally:
-                pool.shutdown(cancel_futures=True)  # after a stop: what was not begun is left for the next start
+            except BaseException:  # a stop, or a run that failed: the others are left for the next start
+                for worker in active_children():
+                    worker.terminate()
+                pool.shutdown(cancel_futures=True)
+                raise
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name.lower().replace(',', '').replace(' ', '-')}.json"
@@ -76,5 +79,5 @@ class Campaign:
 
 
 def leave_on_sigterm() -> None:
-    """SIGTERM ends the program through the pool's end: no worker is left behind."""
+    """SIGTERM ends the program as an exception would: no worker is left behind."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
