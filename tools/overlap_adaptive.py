@@ -13,14 +13,14 @@ import torch
 from moetrain.model.schedule import Schedule
 from moetrain.parallel.config import OverlapConfig
 from moetrain.parallel.observer import StepObserver
-from moetrain.parallel.planner import OverlapPlanner
+from moetrain.parallel.planner import MOST_STEPS, WARM_UP, OverlapPlanner
 from tools.overlap_arms import Arms
 from tools.overlap_cases import OVERLAPPED, SCMOE, SHARED, SMALL, Size, num_operators
 from tools.overlap_figures import best_over_best
 from tools.overlap_unit import Lap, Unit
 
 MAX_CHUNKS = 2
-PLAN_STEPS = 6  # a warm-up, a measurement in one chunk, one in more
+PLAN_STEPS = WARM_UP + 2 * MOST_STEPS  # a measurement in one chunk, one in more
 CASES = (
     (SCMOE, Size(ffn=352)),
     (SCMOE, Size()),

@@ -10,7 +10,7 @@ class OverlapConfig:
     slot: int = 0  # experts run before main-stream computation `slot` (after the last of a block that has fewer); 0 = by measured times
     chunks: int = 1  # token chunks, computed one while another travels; 0 = by measured times (then reruns differ by rounding)
     max_chunks: int = 4  # the most of them where their number is chosen
-    measure_every: int = 500  # steps between measured steps, in which no exchange overlaps; 0 = once, and again only after changes
+    measure_every: int = 500  # steps between measurements, in whose steps no exchange overlaps; 0 = once, and again only after changes
     tolerance: float = 0.1  # measure again when the share of a step that is spent waiting for exchanges has changed by more
 
 

@@ -1,5 +1,6 @@
 """Sets the schedule of every block with routed experts: once where it is fixed, from measured steps where it is adaptive."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from moetrain.base.log import logger
@@ -12,6 +13,8 @@ from moetrain.parallel.overlap import Drift, OperatorTimes, choose, simulate
 from moetrain.telemetry.lanes import Lanes
 
 WARM_UP = 1  # steps before the first measurement: they fill caches and open connections
+ENOUGH = 8  # visits of like blocks in one measurement: of fewer, one busy moment could pass for the normal state
+MOST_STEPS = 4  # steps that one measurement takes at most, for models of few blocks
 PAUSE = 10  # steps after a measurement in which a drift asks for no other
 
 Likeness = tuple[tuple[str, ...], int]  # operators and trips: blocks that are alike in them share one schedule
@@ -30,7 +33,8 @@ class OverlapPlanner:
         self._num_steps = 0
         self._since: int | None = None  # steps since the last plan; None before the first
         self._has_drifted = False
-        self._in_one_chunk: dict[Likeness, OperatorTimes] | None = None  # the next step measures the chunks that these suggest
+        self._measured: list[list[tuple[Site, OperatorTimes]]] = []  # this rank's visits, by step of the measurement that is under way
+        self._in_one_chunk: dict[Likeness, OperatorTimes] | None = None  # the next steps measure the chunks that these suggest
         for block in self.blocks:
             block.schedule = first_schedule(config, len(block.operators))
 
@@ -51,7 +55,7 @@ class OverlapPlanner:
         return True
 
     def _is_due(self) -> bool:
-        if self._since is None or self._in_one_chunk is not None:
+        if self._since is None or self._measured or self._in_one_chunk is not None:
             return True
         return (self._has_drifted and self._since >= PAUSE) or 0 < self.config.measure_every <= self._since
 
@@ -62,11 +66,15 @@ class OverlapPlanner:
             self._has_drifted |= self._drift.notices(waited_share)
 
     def learn(self, lanes: Lanes) -> None:
-        """After a measured step, with this rank's lanes of it; a collective.
+        """After a measured step, with this rank's lanes of it; a collective after the last step of a measurement.
 
-        Where chunks are adaptive and might pay, the step after it is measured too: in the chunks that would be best if chunks cost nothing.
+        Where chunks are adaptive and might pay, a second one follows at once: in the chunks that would be best if chunks cost nothing.
         """
-        times = self._times(lanes)
+        self._measured.append(visits(lanes, [Site.of(block) for block in self.blocks]))
+        if len(self._measured) < MOST_STEPS and self._fewest_visits() < ENOUGH:
+            return
+        times = self._times([visit for step in self._measured for visit in step])
+        self._measured = []
         in_one_chunk, self._in_one_chunk = self._in_one_chunk, None
         if in_one_chunk is not None:
             times = {likeness: self._with_costs(one, times[likeness], likeness) for likeness, one in in_one_chunk.items()}
@@ -80,9 +88,16 @@ class OverlapPlanner:
         for block in self.blocks:
             block.schedule = plan[likeness_of(block)]
 
-    def _times(self, lanes: Lanes) -> dict[Likeness, OperatorTimes]:
-        sites = [Site.of(block) for block in self.blocks]
-        measured = agreed(visits(lanes, sites), lambda mine: self.world.gather(mine, "gathering times of operators"))
+    def _fewest_visits(self) -> int:
+        """Of like blocks, in the steps measured so far."""
+        found = Counter(site.name for step in self._measured for site, _ in step)
+        alike: Counter[Likeness] = Counter()
+        for block in self.blocks:
+            alike[likeness_of(block)] += found[block.name]
+        return min(alike.values())
+
+    def _times(self, mine: Sequence[tuple[Site, OperatorTimes]]) -> dict[Likeness, OperatorTimes]:
+        measured = agreed(mine, lambda numbers: self.world.gather(numbers, "gathering times of operators"))
         by_name: dict[str, list[OperatorTimes]] = {}
         for site, times in measured:
             by_name.setdefault(site.name, []).append(times)

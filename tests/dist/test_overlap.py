@@ -64,13 +64,13 @@ def blocks(engine: TorchEngine) -> list[RoutedBlock]:
 
 
 def train(world: World, overlap: OverlapConfig, pattern: list[str], recompute: bool, ask: tuple[bool, ...]) -> tuple[Values, list, int]:
-    """Parameters and moments, schedules, and the number of measured steps after five."""
+    """Parameters and moments, schedules, and the number of measured steps after ten."""
     engine = engine_of(world, overlap, pattern, recompute)
     transport, planner = engine.mesh.ep.link.transport, engine.observer.planner
     learned: list[Lanes] = []
     learn = planner.learn
     planner.learn = lambda lanes: (learned.append(lanes), learn(lanes))[1]  # type: ignore[method-assign]
-    steps(engine, 5, ask)
+    steps(engine, 10, ask)
     assert engine.mesh.ep.link.transport is transport
     return values(engine), [block.schedule for block in blocks(engine)], len(learned)
 
@@ -80,7 +80,7 @@ def all_ways(world: World, pattern: list[str], recompute: bool) -> list[list]:
     expected, _, measured = train(world, OverlapConfig(slot=1), pattern, recompute, ())
     assert measured == 0
     plans = []
-    for overlap, ask, times in ((OverlapConfig(measure_every=1), (), 2), (OverlapConfig(), (True, False, True), 1)):
+    for overlap, ask, times in ((OverlapConfig(measure_every=1), (), 8), (OverlapConfig(), (True, False, True), 4)):
         found, schedules, measured = train(world, overlap, pattern, recompute, ask)
         assert measured == times
         assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
