@@ -1,10 +1,13 @@
 """Sharding a model made on the meta device: FSDP2 for dense parameters over dp and for experts over edp, or replication."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from moetrain.base.errors import MoetrainError
 from moetrain.dist.mesh import Mesh
 from moetrain.model.attention import Attention
 from moetrain.model.experts import Experts
@@ -50,8 +53,15 @@ def reshard(model: nn.Module) -> None:
         module.reshard()
 
 
-def apply_compile(model: GPT) -> None:
-    """torch.compile of every attention and feed-forward; routing, exchanges and the residual stream stay eager."""
+def apply_compile(model: GPT, device: torch.device) -> None:
+    """torch.compile of every attention and feed-forward; routing, exchanges and the residual stream stay eager.
+
+    Raises MoetrainError where torch's compiler for CPUs cannot link: it does not quote the folder it is installed in.
+    """
+    home = str(Path(torch.__file__).parent)
+    if device.type == "cpu" and " " in home:
+        message = f"torch.compile cannot compile for a CPU where torch's own path holds a space ({home})."
+        raise MoetrainError(message, "Move the environment, or train with engine.compile=false.")
     for module in model.modules():
         if isinstance(module, Attention | SwiGLU):
             module.compile()

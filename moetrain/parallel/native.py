@@ -58,7 +58,7 @@ class TorchEngine:
         site = BankSite(placement.experts[self.mesh.ep.index], AllToAllDispatcher(self.mesh.ep, placement))
         model = meta_model(self.config, lambda bank: site, engine.experts).to(getattr(torch, engine.dtype))
         if engine.compile:
-            apply_compile(model)
+            apply_compile(model, self.world.device)
         if parallel.dense == "fsdp" and self.world.size > 1:
             apply_fsdp(model, self.mesh)
         return model.to_empty(device=self.world.device)

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
+from moetrain.base.errors import MoetrainError
 from moetrain.model.config import AttentionConfig, ModelConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import LocalDispatcher
@@ -12,6 +13,7 @@ from moetrain.model.experts import Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
 from moetrain.model.shapes import parameter_shapes
+from moetrain.parallel.apply import apply_compile
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.scores import gate_scores
 from moetrain.routing.select import TopK
@@ -149,13 +151,18 @@ def test_initial_values_depend_on_seed_name_and_expert_only() -> None:
     assert abs(float(narrow.std()) - config.init_std / 8**0.5) < 0.005
 
 
+def test_a_compiler_that_could_not_link_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "__file__", "/home/someone/my env/torch/__init__.py")
+    with pytest.raises(MoetrainError, match=r"holds a space .*engine\.compile=false"):
+        apply_compile(build(tiny()), torch.device("cpu"))
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link where torch's path holds a space; it is refused there")
 @pytest.mark.parametrize("block", ["scmoe", "shortcut", "dgmoe"])
 def test_compiled_sublayers_compute_the_same(block: str) -> None:
-    from moetrain.parallel.apply import apply_compile
-
     plain, compiled = build(tiny(block)), build(tiny(block))
-    apply_compile(compiled)
+    apply_compile(compiled, torch.device("cpu"))
     mine, theirs = compiled(tokens()), plain(tokens())
     torch.testing.assert_close(mine.logits_BSV, theirs.logits_BSV, rtol=1e-10, atol=1e-10)
     expected = gradients(plain, theirs)
