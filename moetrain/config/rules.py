@@ -1,9 +1,13 @@
 """Every rule that a configuration must keep, within a room and across rooms. The first broken one is raised as ConfigError."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import PurePath
 
 from moetrain.base.errors import ConfigError, one_of
 from moetrain.config.schema import TrainConfig
+from moetrain.model.config import fits_grouped_mm
 from moetrain.parallel.plan import Batch, axes, split_batch
 
 CHOICES = {
@@ -65,6 +69,9 @@ def _number(config: TrainConfig, key: str) -> float:
 
 
 def _check_ranges(config: TrainConfig) -> None:
+    for key, value in _leaves(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError.of(key, value, "it must be a finite number")
     for key, choices in CHOICES.items():
         one_of(key, str(value_at(config, key)), choices)
     for least, keys in AT_LEAST.items():
@@ -74,6 +81,18 @@ def _check_ranges(config: TrainConfig) -> None:
     for key in POSITIVE:
         if not _number(config, key) > 0:
             raise ConfigError.of(key, value_at(config, key), "it must be positive")
+
+
+def _leaves(config: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Every value under its dotted key, those of lists numbered."""
+    if is_dataclass(config):
+        for field in fields(config):
+            yield from _leaves(getattr(config, field.name), f"{key}.{field.name}" if key else field.name)
+    elif isinstance(config, list):
+        for index, item in enumerate(config):
+            yield from _leaves(item, f"{key}[{index}]")
+    else:
+        yield key, config
 
 
 def _check_run(config: TrainConfig) -> None:
@@ -116,9 +135,23 @@ def _check_parallel(config: TrainConfig) -> None:
     if engine.dtype == "float64" and engine.autocast == "bfloat16":
         rule = "a float64 model is never computed in bfloat16"
         raise ConfigError.of("engine.autocast", engine.autocast, rule, "Use engine.autocast=off or engine.dtype=float32.")
+    if engine.experts == "grouped_mm":
+        _check_grouped_mm(config)
     for key in ("parallel.overlap.chunks", "parallel.overlap.max_chunks"):
         if not _number(config, key) <= MOST_CHUNKS:
             raise ConfigError.of(key, value_at(config, key), f"it must be at most {MOST_CHUNKS}: every schedule of so many chunks is tried")
+
+
+def _check_grouped_mm(config: TrainConfig) -> None:
+    engine, model = config.engine, config.model
+    way_out = "Use engine.experts=auto, which takes it where it can."
+    if engine.dtype == "float64":
+        raise ConfigError.of("engine.experts", engine.experts, "torch's grouped matmul knows no float64", way_out)
+    value_bytes = 4 if engine.autocast == "off" else 2
+    if not fits_grouped_mm(model.hidden_size, model.expert_ffn_size, value_bytes):
+        widths = f"model.hidden_size={model.hidden_size} and model.expert_ffn_size={model.expert_ffn_size}"
+        rule = f"torch's grouped matmul needs multiples of {16 // value_bytes}, and the widths are {widths}"
+        raise ConfigError.of("engine.experts", engine.experts, rule, way_out)
 
 
 def _check_profile(config: TrainConfig) -> None:

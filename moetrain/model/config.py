@@ -1,5 +1,6 @@
 """The shape of a model as configuration: everything a bundle must carry to compute the same function. No torch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, is_dataclass
 from typing import TypeVar, get_type_hints
@@ -141,7 +142,7 @@ class ModelConfig:
         positive |= {f"attention.{name}": getattr(self.attention, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
         positive |= {"rope.theta": self.rope.theta, "rope.factor": self.rope.factor}
         for name, value in positive.items():
-            if value <= 0:
+            if not 0 < value < math.inf:
                 raise ConfigError.of(f"{key}.{name}", value, "it must be positive")
         self.blocks()
         attention, rope = self.attention, self.rope
@@ -152,6 +153,8 @@ class ModelConfig:
         one_of(f"{key}.attention.qk_norm", attention.qk_norm, QK_NORMS)
         one_of(f"{key}.shared_gate", self.shared_gate, SHARED_GATES)
         one_of(f"{key}.rope.scaling", rope.scaling, ROPE_SCALINGS)
+        if attention.qkv_clip is not None and not 0 < attention.qkv_clip < math.inf:
+            raise ConfigError.of(f"{key}.attention.qkv_clip", attention.qkv_clip, "it must be positive", "Use null for off.")
         if attention.sliding_window is not None and attention.sliding_window < 1:
             raise ConfigError.of(f"{key}.attention.sliding_window", attention.sliding_window, "it must be at least 1, or null")
         if rope.scaling in ("llama3", "yarn") and rope.original_max_position < 1:
@@ -188,6 +191,11 @@ class ModelConfig:
         for name, value, usual in (("shared_gate", self.shared_gate, "cg1"), ("num_shared_experts", self.num_shared_experts, 1)):
             if value != usual:
                 raise ConfigError.of(f"{key}.{name}", value, "no block of the model has a shared expert", way_out)
+
+
+def fits_grouped_mm(hidden_size: int, ffn_size: int, value_bytes: int) -> bool:
+    """torch's grouped matmul asks for rows of whole 16 bytes."""
+    return hidden_size * value_bytes % 16 == 0 and ffn_size * value_bytes % 16 == 0
 
 
 def _filled(cls: type[Config], values: Mapping[str, object], key: str) -> Config:

@@ -98,5 +98,14 @@ def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens
     back_P = torch.empty_like(order_P)
     back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
     weighted_PD = rows_PD.index_select(0, back_P) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
-    y_ND = rows_PD.new_zeros(num_tokens, rows_PD.shape[1])
-    return y_ND.index_add(0, routing.token_P, weighted_PD)
+    return sum_per_token(weighted_PD, routing.token_P, routing.pairs_per_token, num_tokens)
+
+
+def sum_per_token(rows_PD: Tensor, token_P: Tensor, pairs_per_token: int | None, num_tokens: int) -> Tensor:
+    """[N, D]: sums of rows that stand token by token, zero for a token without any.
+
+    Where all tokens have as many it is a plain sum: index_add on a GPU adds in any order, and three addends show it.
+    """
+    if pairs_per_token is None:
+        return rows_PD.new_zeros(num_tokens, rows_PD.shape[1]).index_add(0, token_P, rows_PD)
+    return rows_PD.view(num_tokens, pairs_per_token, rows_PD.shape[1]).sum(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from moetrain.model.config import fits_grouped_mm
 from moetrain.model.mlp import gated
 
 METHODS = ("auto", "loop", "bmm", "grouped_mm")
@@ -45,11 +46,13 @@ class Experts(nn.Module):
 def grouped_swiglu(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, method: str = "auto") -> Tensor:
     """SwiGLU of every row by its slot's weights. The three methods agree within rounding (tests state the tolerance).
 
-    auto: `grouped_mm` on CUDA in bfloat16, else `loop`: on CPUs it ties with `grouped_mm`, ahead of `bmm` (benchmarks/experts_cpu.json).
+    auto: `grouped_mm` on CUDA in bfloat16 where widths allow it, else `loop`: on CPUs it ties with `grouped_mm`, ahead of `bmm`
+    (benchmarks/experts_cpu.json).
     """
     if method == "auto":
         low = rows_RD.dtype == torch.bfloat16 or torch.is_autocast_enabled(rows_RD.device.type)
-        method = "grouped_mm" if rows_RD.is_cuda and low else "loop"
+        fits = fits_grouped_mm(rows_RD.shape[1], down_eDF.shape[2], 2)
+        method = "grouped_mm" if rows_RD.is_cuda and low and fits else "loop"
     if method == "loop":
         return _loop(rows_RD, count_e, gate_up_eGD, down_eDF)
     if method == "bmm":

@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.dist.comm import CountExchange, Exchange
 from moetrain.dist.mesh import Axis
-from moetrain.model.dispatch import Counts, Ticket, combine_pairs
+from moetrain.model.dispatch import Counts, Ticket, combine_pairs, sum_per_token
 from moetrain.routing.placement import Placement
 from moetrain.routing.types import Routing
 
@@ -90,7 +90,7 @@ class AllToAllDispatcher:
         """Sorts the rows, waits for counts, starts the rows and returns. x_ND must not change until `receive`."""
         assert isinstance(counts, AnnouncedCounts)
         order_P = torch.argsort(self._wire_E[routing.expert_P], stable=True)
-        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P)  # before the counts are waited for
+        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P, routing.pairs_per_token)  # before the counts are waited for
         received_W, sent_E, on_host_W = counts.land()
         send_sizes = [int(part.sum()) for part in sent_E.split(self._sizes)]
         count_re = on_host_W.view(self._axis.size, self._num_local)
@@ -139,17 +139,16 @@ class _Spread(torch.autograd.Function):
     """x_ND[token_P[order_P]]. Its gradient is summed in the order of pairs, not of the wire: the same for every placement."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor) -> Tensor:
+    def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor, pairs_per_token: int | None) -> Tensor:
         ctx.save_for_backward(token_P, order_P)
-        ctx.num_tokens = x_ND.shape[0]  # type: ignore[attr-defined]
+        ctx.sizes = pairs_per_token, x_ND.shape[0]  # type: ignore[attr-defined]
         return x_ND.index_select(0, token_P[order_P])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
         token_P, order_P = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_ND = grad_PD.new_zeros(ctx.num_tokens, grad_PD.shape[1])  # type: ignore[attr-defined]
-        return grad_ND.index_add_(0, token_P, grad_PD.index_select(0, _inverse(order_P))), None, None
+        return sum_per_token(grad_PD.index_select(0, _inverse(order_P)), token_P, *ctx.sizes), None, None, None  # type: ignore[attr-defined]
 
 
 class _Permute(torch.autograd.Function):

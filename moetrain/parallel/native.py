@@ -169,7 +169,8 @@ class TorchEngine:
         tokens = list(prompt)
         for _ in range(num_tokens):
             recent = torch.tensor([tokens[-self.config.max_position :]], device=self.world.device)
-            logits = self.model(recent, ForwardContext(dropless=True)).logits_BSV[0, -1].float().cpu()
+            with self.world.watch.operation("the forward pass", timed=False):
+                logits = self.model(recent, ForwardContext(dropless=True)).logits_BSV[0, -1].float().cpu()
             choice = torch.multinomial(torch.softmax(logits / SAMPLE_TEMPERATURE, 0), 1, generator=generator)
             tokens.append(int(self.world.agree(int(choice))))
         reshard(self.model)

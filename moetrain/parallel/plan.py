@@ -201,7 +201,7 @@ def memory(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, a
     rows = micro_tokens * open_at_once * model.routing.top_k * kept_share(model)
     return Memory(
         weights=weights * value,
-        gradients=weights * value,
+        gradients=(held if batch.accumulation > 1 else weights) * value,  # FSDP2 reduces them in the last micro-batch only
         optimizer=2 * weights * value,
         gathered=gathered * value,
         copies=held * compute if low_precision else 0,

@@ -32,7 +32,7 @@ def rehearse(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConf
     At most two micro-batches: the last one's calls differ from the others'. The real widths and numbers are one line among the calls.
     """
     with torch.random.fork_rng(devices=[]), Rehearsal(engine.world) as stage:
-        stage.note(facts(engine.config, settings, shape))
+        stage.note(facts(engine, parallel, settings, shape))
         plain = replace(settings, compile=False, autocast="off" if engine.autocast is None else "bfloat16")
         ep = engine.mesh.ep.size
         twin = TorchEngine(small(engine.config, ep), parallel, plain, engine.optim, stage, Mesh(stage, ep))
@@ -41,14 +41,18 @@ def rehearse(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConf
     return stage
 
 
-def facts(model: ModelConfig, settings: EngineConfig, shape: Shape) -> str:
-    """What decides the size and number of a step's messages, in a line."""
-    shapes = repr(sorted(parameter_shapes(model).items()))
-    digest = hashlib.sha256(shapes.encode()).hexdigest()[:12]
+def facts(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConfig, shape: Shape) -> str:
+    """What decides a step's messages, and what goes into them, in a line: equal on ranks that can train together."""
+    shapes = digest(sorted(parameter_shapes(engine.config).items()))
+    rest = digest([engine.config, parallel, settings, engine.optim, engine.autocast])
     return (
-        f"a step of {shape.accumulation} micro-batches of {shape.micro_batch_size} x {shape.seq_len} tokens, "
-        f"{settings.dtype} parameters of shapes {digest}"
+        f"a step of {shape.accumulation} micro-batches of {shape.micro_batch_size} x {shape.seq_len} tokens on {engine.world.device.type}, "
+        f"{settings.dtype} parameters of shapes {shapes}, settings {rest}"
     )
+
+
+def digest(what: object) -> str:
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:12]
 
 
 def small(model: ModelConfig, ep: int) -> ModelConfig:

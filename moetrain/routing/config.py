@@ -1,5 +1,6 @@
 """How tokens choose experts, as configuration. No torch."""
 
+import math
 from dataclasses import dataclass
 
 from moetrain.base.errors import ConfigError, one_of
@@ -39,9 +40,11 @@ class RoutingConfig:
             rule = f"it must lie between 1 and num_experts={self.num_experts}"
             raise ConfigError.of(f"{key}.top_k", self.top_k, rule)
         for name in ("auxiliary_loss_weight", "z_loss_weight", "bias_update_rate"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError.of(f"{key}.{name}", getattr(self, name), "it must not be negative", "Use 0 to switch it off.")
-        if self.capacity_factor is not None and self.capacity_factor <= 0:
+        if not 0 < self.weight_scale < math.inf:
+            raise ConfigError.of(f"{key}.weight_scale", self.weight_scale, "it must be positive", "Use 1 for off.")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
             rule = "it must be positive, or null for dropless routing"
             raise ConfigError.of(f"{key}.capacity_factor", self.capacity_factor, rule)
         if self.score == "sigmoid" and self.softmax_order == "after":

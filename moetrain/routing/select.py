@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moetrain.routing.balance import routing_stats
 from moetrain.routing.config import RoutingConfig
-from moetrain.routing.types import GateScores, Routing, RoutingContext, count_pairs
+from moetrain.routing.types import GateScores, Routing, RoutingContext, count_pairs, tally
 
 
 class TopK:
@@ -27,10 +27,11 @@ class TopK:
         if config.capacity_factor is not None and not context.dropless:
             capacity = math.ceil(config.capacity_factor * num_pairs / config.num_experts)
             urgency_P = weight_P.detach() if config.drop_order == "probability" else -(token_P % context.shape_BS[1])
-            kept_P = within_capacity(expert_P, urgency_P, capacity, config.num_experts)
+            kept_P = within_capacity(expert_P, urgency_P, capacity, config.num_experts).nonzero().squeeze(1)  # waits for the device
             token_P, expert_P, weight_P = token_P[kept_P], expert_P[kept_P], weight_P[kept_P]
         stats = routing_stats(scores, expert_NK, num_pairs - expert_P.numel(), config, context)
-        return Routing(token_P, expert_P, None, weight_P, count_pairs(expert_P, config.num_experts), stats)
+        per_token = config.top_k if expert_P.numel() == num_pairs else None
+        return Routing(token_P, expert_P, None, weight_P, count_pairs(expert_P, config.num_experts), stats, per_token)
 
     def _weights(self, combine_NK: Tensor) -> Tensor:
         if self.config.softmax_order == "after":
@@ -51,7 +52,7 @@ def within_capacity(expert_P: Tensor, urgency_P: Tensor, capacity: int, num_expe
     """bool [P]: the `capacity` most urgent pairs of every expert; ties go to the earlier pair."""
     order_P = torch.argsort(urgency_P, descending=True, stable=True)
     order_P = order_P[torch.argsort(expert_P[order_P], stable=True)]
-    count_E = torch.bincount(expert_P, minlength=num_experts)
+    count_E = tally(expert_P, num_experts)
     start_E = count_E.cumsum(0) - count_E
     place_P = torch.arange(expert_P.numel(), device=expert_P.device) - start_E[expert_P[order_P]]
     kept_P = torch.empty_like(expert_P, dtype=torch.bool)

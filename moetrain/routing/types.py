@@ -41,6 +41,7 @@ class Routing(NamedTuple):
     weight_P: Tensor  # differentiable combine weight
     count_EL: Tensor  # int64 [E, L], kept pairs per expert and level
     stats: RoutingStats
+    pairs_per_token: int | None = None  # of every token; None: capacity may have dropped some
 
     def split(self, sizes: list[int]) -> list["Routing"]:
         """The routing of each run of `sizes[c]` consecutive tokens, numbered from 0 in each; together all N tokens.
@@ -59,7 +60,8 @@ class Routing(NamedTuple):
         level_P = None if self.level_P is None else self.level_P[pairs]
         num_experts, num_levels = self.count_EL.shape
         count_EL = count_pairs(expert_P, num_experts, level_P, num_levels)
-        return Routing(self.token_P[pairs] - first_token, expert_P, level_P, self.weight_P[pairs], count_EL, self.stats)
+        weight_P = self.weight_P[pairs]
+        return Routing(self.token_P[pairs] - first_token, expert_P, level_P, weight_P, count_EL, self.stats, self.pairs_per_token)
 
 
 Exchange = Callable[[Tensor], Tensor]
@@ -86,4 +88,9 @@ class RoutingContext:
 def count_pairs(expert_P: Tensor, num_experts: int, level_P: Tensor | None = None, num_levels: int = 1) -> Tensor:
     """int64 [E, L]: pairs per expert and level."""
     cell_P = expert_P if level_P is None else expert_P * num_levels + level_P
-    return torch.bincount(cell_P, minlength=num_experts * num_levels).view(num_experts, num_levels)
+    return tally(cell_P, num_experts * num_levels).view(num_experts, num_levels)
+
+
+def tally(cell_P: Tensor, num_cells: int) -> Tensor:
+    """int64 [num_cells]: how often each occurs. Never waits for a GPU, as torch.bincount does."""
+    return cell_P.new_zeros(num_cells).scatter_add_(0, cell_P, torch.ones_like(cell_P))

@@ -107,7 +107,12 @@ RULES = [
     ("train.micro_batch_size", 3, "must divide the 8 sequences"),
     ("train.sample_every", -1, "at least 0"),
     ("optim.lr", 0.0, "must be positive"),
-    ("optim.lr", float("nan"), "must be positive"),
+    ("optim.lr", float("nan"), "must be a finite number"),
+    ("model.routing.capacity_factor", float("inf"), "must be a finite number"),
+    ("model.routing.bias_update_rate", float("nan"), "must be a finite number"),
+    ("data.corpora", [CorpusConfig("a", float("inf"))], "must be a finite number"),
+    ("model.routing.weight_scale", -1.0, "must be positive"),
+    ("model.attention.qkv_clip", -8.0, "must be positive"),
     ("optim.beta2", 1.0, "below 1"),
     ("optim.min_lr_ratio", 1.5, "between 0 and 1"),
     ("parallel.ep", 3, "divide the world of 2"),
@@ -153,8 +158,29 @@ def test_broken_rule_names_key_value_and_rule(key: str, value: object, rule: str
     put(config, key, value)
     with pytest.raises(ConfigError) as error:
         check(config, 2)
-    assert str(error.value).startswith(f"{key}={value!r} is not possible: ")
+    assert str(error.value).startswith(key) and " is not possible: " in str(error.value)
+    assert isinstance(value, list) or f"{key}={value!r} is" in str(error.value)
     assert rule in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "autocast", "width", "rule"),
+    [
+        ("float64", "off", 704, "knows no float64"),
+        ("float32", "off", 702, "multiples of 4"),
+        ("float32", "auto", 700, "multiples of 8"),
+        ("float32", "off", 700, None),
+        ("float32", "bfloat16", 704, None),
+    ],
+)
+def test_grouped_matmuls_are_refused_where_torch_has_none(dtype: str, autocast: str, width: int, rule: str | None) -> None:
+    config = valid()
+    config.engine.experts, config.engine.dtype, config.engine.autocast = "grouped_mm", dtype, autocast
+    config.model.expert_ffn_size = width
+    if rule is None:
+        return check(config, 2)
+    with pytest.raises(ConfigError, match=rf"engine.experts='grouped_mm' is not possible: .*{rule}.* engine\.experts=auto"):
+        check(config, 2)
 
 
 def test_rules_across_keys() -> None:

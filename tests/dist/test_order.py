@@ -20,7 +20,7 @@ from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.gradients import GradientSync
 from moetrain.parallel.native import TorchEngine
 from moetrain.parallel.plan import Batch
-from moetrain.parallel.rehearsal import check_order, rehearse
+from moetrain.parallel.rehearsal import check_order, facts, rehearse
 from moetrain.routing.config import RoutingConfig
 from tests.kit import run_ranks
 
@@ -133,15 +133,17 @@ def experts_first(gradients: GradientSync) -> None:
 
 
 def other_sizes(world: World) -> list[str]:
-    """Rank 1 has another width, then one micro-batch more; without the check nobody is refused."""
+    """Rank 1 has another width, then one micro-batch more, then other experts; without the check nobody is refused."""
     parallel = ParallelConfig(ep=2)
     wide = engine_of(world, parallel, model_config(hidden_size=16 + 8 * (world.rank == 1)))
     same = engine_of(world, parallel)
     longer = replace(SHAPE, accumulation=2 + (world.rank == 1))
     unchecked = replace(parallel, check_order=False)
+    placed = replace(parallel, placement_seed=3 if world.rank == 1 else None)
     return [
         refused(lambda: check_order(wide, parallel, SETTINGS, SHAPE)),
         refused(lambda: check_order(same, parallel, SETTINGS, longer)),
+        refused(lambda: check_order(engine_of(world, placed), placed, SETTINGS, SHAPE)),
         refused(lambda: check_order(same, unchecked, SETTINGS, longer)),
     ]
 
@@ -213,10 +215,22 @@ def test_an_order_swapped_between_two_groups_is_found_in_the_engine(outcomes: li
 
 @pytest.mark.dist
 def test_other_widths_and_other_numbers_of_micro_batches_are_named(outcomes: list[Outcome]) -> None:
-    for wide, longer, unchecked in [outcome.other_sizes for outcome in outcomes]:
+    for wide, longer, placed, unchecked in [outcome.other_sizes for outcome in outcomes]:
         assert "float32 parameters of shapes" in wide
         assert "a step of 2 micro-batches" in longer and "a step of 3 micro-batches" in longer
+        assert placed.count("float32 parameters of shapes") == 2 and "settings" in placed
         assert unchecked == ""
+
+
+def test_a_rank_that_computes_elsewhere_or_otherwise_differs_in_what_is_compared() -> None:
+    world, parallel = World.single(torch.device("cpu")), ParallelConfig(ep=1)
+    engine = engine_of(world, parallel)
+    mine = facts(engine, parallel, SETTINGS, SHAPE)
+    assert mine == facts(engine_of(world, parallel), replace(parallel), replace(SETTINGS), replace(SHAPE))
+    engine.world = World.single(torch.device("cuda"))
+    assert facts(engine, parallel, SETTINGS, SHAPE) == mine.replace("tokens on cpu", "tokens on cuda") != mine
+    for other in (replace(SETTINGS, recompute=True), replace(SETTINGS, experts="bmm")):
+        assert facts(engine_of(world, parallel), parallel, other, SHAPE) != mine
 
 
 def test_one_rank_has_nobody_to_disagree_with() -> None:

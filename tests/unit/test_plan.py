@@ -131,6 +131,14 @@ def test_fsdp_shards_dense_over_all_ranks_and_whole_experts_over_their_copies() 
     assert alone.weights == 4 * count.total
 
 
+def test_gradients_stay_whole_between_the_micro_batches_of_a_step() -> None:
+    model, count = tiny(num_experts=3, top_k=1), count_parameters(tiny(num_experts=3, top_k=1))
+    batches = Batch(4, 16, 1, 1), Batch(4, 16, 1, 3)
+    once, thrice = (memory(model, ParallelConfig(dense="fsdp"), EngineConfig(), Axes(4, 1), batch, False) for batch in batches)
+    assert once.gradients == once.weights
+    assert thrice.gradients == 4 * count.total, "FSDP2 reduces in the last backward only"
+
+
 def test_one_rank_exchanges_nothing() -> None:
     assert memory(tiny(), ParallelConfig(), EngineConfig(), Axes(1, 1), Batch(4, 16, 4, 1), False).exchange == 0
     assert all_to_all_bytes(tiny(), Axes(4, 1), Batch(4, 16, 1, 1), 4, False) == 0

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.base.errors import ConfigError, PlanError
+from moetrain.model.dispatch import sum_per_token
 from moetrain.routing.balance import merged, updated_bias
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.placement import Placement
@@ -163,6 +164,10 @@ def test_a_placement_with_a_missing_expert_is_refused() -> None:
         ({"renormalize": True, "top_k": 1}, "renormalize"),
         ({"softmax_order": "after", "top_k": 1}, "softmax_order"),
         ({"capacity_factor": 0.0}, "capacity_factor"),
+        ({"capacity_factor": float("inf")}, "capacity_factor"),
+        ({"capacity_factor": float("nan")}, "capacity_factor"),
+        ({"bias_update_rate": float("nan")}, "bias_update_rate"),
+        ({"weight_scale": 0.0}, "weight_scale"),
         ({"z_loss_weight": -1.0}, "z_loss_weight"),
     ],
 )
@@ -202,6 +207,25 @@ def test_the_parts_of_a_split_routing_are_the_whole(chosen: list[list[int]], cut
         assert all(0 <= token < end - start for token in part.token_P.tolist())
         for expert in range(4):
             assert int(part.count_EL[expert].sum()) == int((part.expert_P == expert).sum())
+
+
+@pytest.mark.parametrize("capacity", [None, 0.5, 8.0])
+@pytest.mark.parametrize("top_k", [1, 2, 3])
+def test_sums_per_token_are_those_of_its_pairs(logits: torch.Tensor, top_k: int, capacity: float | None) -> None:
+    routing = route(logits, RoutingConfig(num_experts=6, top_k=top_k, capacity_factor=capacity))
+    assert (routing.pairs_per_token is None) == (capacity == 0.5), "dropped where an expert takes half of its share"
+    rows = torch.randn(len(routing.token_P), 5, dtype=torch.float64, requires_grad=True)
+    expected = torch.zeros(len(logits), 5, dtype=torch.float64).index_add(0, routing.token_P, rows)
+    found = sum_per_token(rows, routing.token_P, routing.pairs_per_token, len(logits))
+    torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
+    one, other = (torch.autograd.grad(y.square().sum(), rows)[0] for y in (found, expected))
+    torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
+
+
+def test_no_tokens_sum_to_nothing() -> None:
+    none = torch.zeros(0, dtype=torch.int64)
+    for per_token in (1, 3, None):
+        assert sum_per_token(torch.zeros(0, 5), none, per_token, 0).shape == (0, 5)
 
 
 def test_a_second_choice_leaves_out_the_first_and_keeps_its_own_weights(logits: torch.Tensor) -> None:
