@@ -45,8 +45,10 @@ AGAINST = (TOP_2, SHARED)
 _EVERY_SECOND = "model.pattern=[dense,moe]"
 VARIANTS: dict[str, tuple[str, ...]] = {
     TOP_2: (_EVERY_SECOND, "model.routing.top_k=2", "model.routing.renormalize=true"),
+    "top-2, sigmoid scores": (_EVERY_SECOND, "model.routing.top_k=2", "model.routing.renormalize=true", "model.routing.score=sigmoid"),
     "top-1": (_EVERY_SECOND,),
     **{f"shared expert, {gate}": ("model.pattern=[dense,shared]", f"model.shared_gate={gate}") for gate in ("add", "cg1", "cg2")},
+    "shared expert, cg1, sigmoid scores": ("model.pattern=[dense,shared]", "model.routing.score=sigmoid"),
     **{f"ScMoE Pos-2, {gate}": ("model.pattern=[scmoe]", f"model.shared_gate={gate}") for gate in ("add", "cg1", "cg2")},
     "ScMoE Pos-2, cg1, sigmoid scores": ("model.pattern=[scmoe]", "model.routing.score=sigmoid"),
     "ScMoE Pos-1, cg1": ("model.pattern=[scmoe]", "model.shortcut.positions=[1]"),
