@@ -66,11 +66,11 @@ def glance(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) 
 
 
 def remembered(look: Look) -> Look:
-    """Looks once at an object that many recovery points share."""
-    known: dict[tuple[str, tuple[int, ...]], str] = {}
+    """Looks once at an object that many recovery points share; its twin in memory is another one."""
+    known: dict[tuple[ObjectRecord, tuple[int, ...]], str] = {}
 
     def recall(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
-        key = record.name, tuple(piece.start for piece in pieces)
+        key = record, tuple(piece.start for piece in pieces)
         if key not in known:
             known[key] = look(folder, record, pieces)
         return known[key]
@@ -123,13 +123,15 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
         if isinstance(manifest, CheckpointError):
             damage.append(manifest.message)
             continue
+        is_in_memory = any(manifest is point for point in memory)
         bad = check(folder, manifest, look)
         damage += bad.values()
         older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
         repaired = repair(folder, manifest, bad, older, look, damage)
         if repaired is not None:
-            return Choice(path, repaired, damage, any(manifest is point for point in memory))
-        damage.append(f"The checkpoint of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
+            return Choice(path, repaired, damage, is_in_memory)
+        what = "copy in memory" if is_in_memory else "checkpoint"
+        damage.append(f"The {what} of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
     if not history:
         return None
     raise CheckpointError(f"No checkpoint in {path} can be restored: {' '.join(damage)}", "Start anew with checkpoint.resume=never.")
@@ -166,7 +168,8 @@ def take_group(manifest: Manifest, source: Manifest, group: Group, bad: dict[str
         return None
     tensors = {key: tensor for key, tensor in manifest.tensors.items() if key not in mine} | others
     needed = {piece.object for tensor in tensors.values() for piece in tensor.pieces}
-    objects = {name: record for name, record in (source.objects | manifest.objects).items() if name in needed}
+    taken = {piece.object: source.objects[piece.object] for tensor in others.values() for piece in tensor.pieces}
+    objects = {name: record for name, record in (manifest.objects | taken).items() if name in needed}
     return replace(manifest, tensors=tensors, objects=objects, ledger=_ledger(manifest, source, group))
 
 

@@ -150,15 +150,16 @@ def restore_together(
 
     Rank 0 chooses the newest, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
     choose again, now at a glance on everything, and read again: after an error, and only then, the state is a mixture.
-    `memory`: what lies in the memory of the nodes.
+    `memory`: what lies in the memory of the nodes. An object there and its twin on disk have one name and two records: a finding is about
+    the record that was read, so that damage in memory leaves what is on disk to be tried.
     """
     memory = memory or Memory.empty()
-    found: dict[str, str] = {}
+    found: dict[ObjectRecord, str] = {}
 
     def look(folder: CheckpointFolder, record: ObjectRecord, pieces: list[Piece]) -> str:
-        if not found or record.name in memory:
-            return found.get(record.name, "")
-        return found.get(record.name) or glance(folder, record, pieces)
+        if not found or record in found or record.name in memory:
+            return found.get(record, "")
+        return glance(folder, record, pieces)
 
     def pick() -> str | None:
         choice = agreed_choice(folder, at, io, look, memory.points) if rank == 0 else None
@@ -170,7 +171,7 @@ def restore_together(
         bad, read = _merged(together(partial(_read, choice, state, world, io or Io(), memory), gather))
         if not bad:
             return choice, replace(describe(choice, state, world), read=read)
-        found |= bad
+        found |= {choice.manifest.objects[name]: sentence for name, sentence in bad.items()}
     return None
 
 

@@ -14,7 +14,7 @@ from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.recover import LoadReport, agreed_choice
-from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected
+from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, flip, manifests, objects_of
 
 
 def nodes_of(world: int) -> list[LocalNode]:
@@ -91,6 +91,47 @@ def test_a_damaged_expert_in_memory_comes_from_an_older_version_and_is_named(tmp
     assert any("damaged in memory" in line for line in report.damaged)
     assert any(f"Expert 2 of {BANKS[0]} is taken from the checkpoint of step 1" in line for line in report.damaged)
     assert_equal(whole, expected(2, {(BANKS[0], 2): 1}))
+
+
+@pytest.mark.parametrize("group", [None, (BANKS[0], 2)], ids=["dense", "expert"])
+def test_damage_in_memory_leaves_the_good_checkpoint_of_the_same_save(tmp_path, group):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1, full=True)
+    job.save(2, full=True)
+    agent = job.nodes[0].agent
+    newest = max(agent.generations.values(), key=lambda one: one.save)
+    held = next(held for held in newest.held.values() if held.group == group and held.size)
+    agent.arena.slots[held.slot].memory[5] ^= 0x10
+    report = assert_goes_on_from(job, 2)
+    assert set(report.ages.values()) == {0}
+    assert report.read.keys() == {"disk", "the memory of this node"}
+    assert any("damaged in memory" in line for line in report.damaged)
+
+
+def test_the_only_checkpoint_is_read_from_disk_when_its_copies_are_gone(tmp_path):
+    job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
+    job.save(1)
+    for node in job.nodes:
+        for slot in node.agent.arena.slots.values():
+            Path(slot.path).unlink()
+    assert list(assert_goes_on_from(job, 1).read) == ["disk"]
+
+
+def test_an_object_damaged_in_memory_and_on_disk_comes_from_the_older_checkpoint(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1, full=True)
+    job.save(2, full=True)
+    group = (BANKS[0], 2)
+    agent = job.nodes[0].agent
+    newest = max(agent.generations.values(), key=lambda one: one.save)
+    held = next(held for held in newest.held.values() if held.group == group and held.size)
+    agent.arena.slots[held.slot].memory[5] ^= 0x10
+    (folder,) = objects_of(tmp_path, manifests(tmp_path)[0], f"{group[0]}.{group[1]}.")
+    flip(folder / "c.0", 3)
+    report, whole = restart(job).load()
+    assert report is not None
+    assert any("is taken from the checkpoint of step 1" in line for line in report.damaged)
+    assert_equal(whole, expected(2, {group: 1}))
 
 
 def test_a_damaged_slot_is_never_written_to_the_store(tmp_path):
