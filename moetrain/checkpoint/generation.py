@@ -15,6 +15,7 @@ from moetrain.checkpoint.writer import with_checksums
 from moetrain.store.boxes import tiles
 from moetrain.store.encode import stored_dtype
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId, Tensor, seal, unseal
+from moetrain.store.parsing import parsing
 
 Key = tuple[SaveId, int]
 """A save and a rank."""
@@ -84,7 +85,8 @@ class Generation:
     @classmethod
     def from_bytes(cls, data: bytes, what: str) -> "Generation":
         """Raises CheckpointError when it is damaged."""
-        return cls.of_json(unseal(data, what))
+        with parsing(what):
+            return cls.of_json(unseal(data, what))
 
 
 def sealed(job: SaveJob, share: str, slots: Sequence[Slot], now: float) -> tuple[SaveJob, Generation]:

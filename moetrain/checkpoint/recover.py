@@ -12,6 +12,7 @@ import torch
 
 from moetrain.base.errors import CheckpointError
 from moetrain.base.garbage import collector_paused
+from moetrain.base.log import logger
 from moetrain.checkpoint.choose import (
     Choice,
     Look,
@@ -91,7 +92,7 @@ def from_rank_zero(rank: int, agree: Agree, compute: Callable[[], str | None]) -
 
 
 def together(work: Callable[[], object], gather: Gather) -> list[object]:
-    """What `work` gives on every rank, in order of rank; JSON-able. A CheckpointError on one rank is raised on every rank.
+    """What `work` gives on every rank, in order of rank; JSON-able. An error on one rank is a CheckpointError on every rank.
 
     Meanwhile the ranks meet every few seconds, so that no collective waits for a slow disk.
     """
@@ -115,6 +116,9 @@ def _answer(work: Callable[[], object]) -> list[object]:
         return [None, error.message, error.hint]
     except OSError as error:
         return [None, f"{error.filename} cannot be used: {error.strerror}.", ""]
+    except Exception as error:  # no memory left, or a mistake of ours: the other ranks wait for an answer all the same
+        logger("checkpoint").exception("A step of the recovery failed.")
+        return [None, f"The recovery failed on one rank: {type(error).__name__}: {error}.", "The log of that rank says where."]
 
 
 def _value(answer: object) -> object:

@@ -18,8 +18,10 @@ from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.store.crc import combine
 from moetrain.store.io import Buffer
+from moetrain.store.parsing import parsing
 
 CHUNK_BYTES = 4 << 20  # the unit that is read and checked alone
+INDEX_BYTES = 16  # for each chunk, in the shard's index
 METADATA, DATA = "zarr.json", "c.0"
 STORED_AS = {"bfloat16": "uint16", "bool": "uint8", "float8_e4m3fn": "uint8", "float8_e5m2": "uint8"}  # Zarr's core has no such types
 
@@ -163,17 +165,16 @@ class ArrayReader:
         self._source = source
         try:
             self.metadata = source.read(folder / METADATA)
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder / METADATA} is missing.") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder / METADATA} cannot be read: {error.strerror}.") from error
+        with parsing(str(folder / METADATA)):
             found = json.loads(self.metadata)
             self.size, self.attributes = int(found["shape"][0]), found["attributes"]
             self.dtype = np.dtype(found["data_type"]).newbyteorder("<")
             self._chunk = chunk_length(self.size, self.dtype.itemsize)
             usual = describe(self.size, self.dtype, self._chunk, self.attributes)
-        except FileNotFoundError:
-            raise CheckpointError(f"{folder / METADATA} is missing.") from None
-        except OSError as error:
-            raise CheckpointError(f"{folder / METADATA} cannot be read: {error.strerror}.") from error
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise CheckpointError(f"{folder / METADATA} is damaged.") from error
         if found != usual:
             raise CheckpointError(f"{folder / METADATA} describes another layout than this format's.")
         self._last: tuple[int, np.ndarray] | None = None
@@ -269,8 +270,7 @@ class ArrayReader:
     def _check_index(self) -> None:
         path, chunk_bytes = self._data, self._chunk * self.dtype.itemsize
         count = num_chunks(self.size, self._chunk)
-        index = shard_index(count, chunk_bytes)
-        expected = count * (chunk_bytes + 4) + len(index) + 4
+        expected = count * (chunk_bytes + 4 + INDEX_BYTES) + 4
         try:
             actual = self._source.size(path)
         except FileNotFoundError:
@@ -279,6 +279,7 @@ class ArrayReader:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         if actual != expected:
             raise CheckpointError(f"{path} is damaged: it has {actual} bytes instead of {expected}.")
+        index = shard_index(count, chunk_bytes)  # not before the length is right: a damaged shape may ask for more than all memory
         found = bytearray(len(index) + 4)
         self._fill(count * (chunk_bytes + 4), [memoryview(found)])
         if found != index + checksum(index):

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.store.boxes import Shape
+from moetrain.store.parsing import parsing
 
 FORMAT, VERSION = "moetrain.checkpoint", 1
 WEIGHT16 = "weight16"  # component: an expert's master rounded to bfloat16, written where the master's turn has not come
@@ -170,13 +171,14 @@ class Manifest:
         found = unseal(data, what)
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise CheckpointError(f"{what} is no checkpoint manifest of version {VERSION}.", "Read it with the release that wrote it.")
-        found |= {
-            "save": SaveId(*found["save"]),
-            "parent": None if found["parent"] is None else SaveId(*found["parent"]),
-            "objects": {record["name"]: ObjectRecord(**record) for record in found["objects"]},
-            "tensors": by_key(Tensor.of_json(tensor) for tensor in found["tensors"]),
-        }
-        return cls(**found)
+        with parsing(what):
+            found |= {
+                "save": SaveId(*found["save"]),
+                "parent": None if found["parent"] is None else SaveId(*found["parent"]),
+                "objects": {record["name"]: ObjectRecord(**record) for record in found["objects"]},
+                "tensors": by_key(Tensor.of_json(tensor) for tensor in found["tensors"]),
+            }
+            return cls(**found)
 
 
 def by_key(tensors: Iterable[Tensor]) -> dict[str, Tensor]:
@@ -198,4 +200,8 @@ def unseal(data: bytes, what: str) -> dict:
     payload, _, last = data.removesuffix(b"\n").rpartition(b"\n")
     if not data.endswith(b"\n") or last != f"{crc32c(payload):08x}".encode():
         raise CheckpointError(f"{what} is damaged: its checksum does not match.")
-    return json.loads(payload)
+    with parsing(what):
+        found = json.loads(payload)
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{what} is damaged.")
+    return found
