@@ -14,6 +14,7 @@ from threading import RLock
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder
+from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.generation import Generation, Key, needed, sealed
 from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.partner import Partner
@@ -56,6 +57,7 @@ class Agent:
         self._jobs: dict[Key, tuple[SaveJob, list[Slot]]] = {}  # not yet asked to be persisted
         self._epoch = 0
         self._lock = RLock()
+        self._gate = Gate()
         self._partner: Partner | None = None
         self._take_over()
         self.for_agents = {"list": self._list, "read": self._read, "put": self._put, "copied": self._copied, "keep": self._keep}
@@ -165,7 +167,7 @@ class Agent:
             return {"error": "it was started anew and does not know this save."}, b""
         try:
             job = replace(job, parent=parent and SaveId(*parent), ledger=request["ledger"])
-            reply = handle(job, [memoryview(slot.memory) for slot in slots], self.io, self._clock, session.alive)
+            reply = handle(job, [memoryview(slot.memory) for slot in slots], self.io, self._clock, session.alive, self._gate)
         finally:
             with self._lock:
                 self.arena.release(slots, State.PERSISTING)

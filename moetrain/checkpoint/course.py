@@ -1,7 +1,8 @@
 """Where the line of recovery points stands, and what the next save writes. Rank 0 decides by it, for all ranks. No torch."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from operator import itemgetter
 from threading import Lock
 
 from moetrain.base.errors import CheckpointError
@@ -37,6 +38,20 @@ class Attempt:
     line: Line
     selection: Selection | None
     counted: Ledger
+    is_hurried: bool = False  # nothing comes after it: whatever it loses, without it more would be lost
+
+    def on(self, line: Line) -> "Attempt":
+        """The same, built on another commit."""
+        return replace(self, line=replace(line, index=self.line.index))
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a save that goes to the store now builds on, and the ledger for its manifest; or why it is to be given up."""
+
+    parent: SaveId | None = None
+    ledger: dict = field(default_factory=dict)
+    refusal: str = ""
 
 
 class Course:
@@ -68,25 +83,30 @@ class Course:
         with self._lock:
             line = self._hoped()
             ledger = self._seen_from(line, counted)
+            is_hurried = False
             if full and hurried is not None and line.banks is not None:
-                selection = hurried(ledger)
+                selection, is_hurried = hurried(ledger), True
             elif self._is_full(line, full):
                 selection = None
             else:
                 selection = self._turns.selection(line.index, ledger, expected_faults, homes)
-            self._attempts[save] = attempt = Attempt(line, selection, counted)
+            self._attempts[save] = attempt = Attempt(line, selection, counted, is_hurried)
             return attempt
 
     def seen(self, counted: Ledger) -> Ledger:
         """The live ledger, as the newest commit leaves it."""
         return self._seen_from(self._line, counted)
 
-    def ledger(self, save: SaveId) -> dict:
-        """For the manifest: what was counted, seen from the newest commit there is now, after this save."""
+    def begin(self, save: SaveId) -> Start:
+        """When nothing before it is on its way any more: what it builds on is the newest commit there is now, and it may turn out that it
+        was chosen for another one."""
+        self._look()
         with self._lock:
-            attempt = self._attempts[save]
-        ledger = self._seen_from(self._line, attempt.counted)
-        return ledger.after(attempt.selection, self._config.mode).to_json() if ledger.total else {}
+            if refusal := self._refusal(self._attempts[save], self._line):
+                return Start(refusal=refusal)
+            self._attempts[save] = attempt = self._attempts[save].on(self._line)
+        ledger = self._held(attempt)
+        return Start(attempt.line.parent, ledger.to_json() if ledger.total else {})
 
     @property
     def parent(self) -> SaveId | None:
@@ -98,26 +118,47 @@ class Course:
         with self._lock:
             if save in self._attempts:
                 self._late[save] = self._attempts.pop(save)
-            for late in sorted(self._late):
-                if (outcome := self._folder.outcome(late)) is not None:
-                    self._learn(late, self._late.pop(late), outcome)
+        self._look()
+
+    def _look(self) -> None:
+        """Asks without the lock: a disk may hang."""
+        for save in sorted(self._late.copy()):
+            outcome = self._folder.outcome(save)
+            with self._lock:
+                if outcome is not None and save in self._late:
+                    self._learn(save, self._late.pop(save), outcome)
 
     def _learn(self, save: SaveId, attempt: Attempt, committed: bool) -> None:
         if committed:
-            banks = attempt.line.banks or self._banks(save)
-            ledger = self._seen_from(self._line, attempt.counted).after(attempt.selection, self._config.mode)
-            self._line = Line(save, attempt.line.index + 1, banks, ledger if ledger.total else None)
+            self._line = self._after(save, attempt, attempt.line.banks or self._banks(save))
         elif self._folder.needs_full(save):
             self._line = Line(None, self._line.index)
 
     def _hoped(self) -> Line:
-        if not self._attempts:
-            return self._line
-        newest = max(self._attempts)
-        attempt = self._attempts[newest]
-        banks = attempt.line.banks or self.known_banks or None
-        ledger = self._seen_from(attempt.line, attempt.counted).after(attempt.selection, self._config.mode)
-        return Line(newest, attempt.line.index + 1, banks, ledger if ledger.total else None)
+        """If all that is on its way will be committed."""
+        line = self._line
+        for save, attempt in sorted(self._attempts.items(), key=itemgetter(0)):
+            if not self._refusal(attempt, line):
+                line = self._after(save, attempt.on(line), line.banks or self.known_banks or None)
+        return line
+
+    def _refusal(self, attempt: Attempt, line: Line) -> str:
+        """Why a save that was chosen for another line must not be committed on this one."""
+        if attempt.selection is None or attempt.line.parent == line.parent:
+            return ""
+        if line.banks is None:
+            return "it builds on a checkpoint that was not committed or is damaged."
+        if attempt.is_hurried or self._turns.keeps_budget(self._held(attempt.on(line))):
+            return ""
+        return "without the checkpoint before it, which was not committed, this one would exceed checkpoint.plt_budget."
+
+    def _after(self, save: SaveId, attempt: Attempt, banks: dict[str, int] | None) -> Line:
+        ledger = self._held(attempt)
+        return Line(save, attempt.line.index + 1, banks, ledger if ledger.total else None)
+
+    def _held(self, attempt: Attempt) -> Ledger:
+        """As its manifest holds it."""
+        return self._seen_from(attempt.line, attempt.counted).after(attempt.selection, self._config.mode)
 
     def _seen_from(self, line: Line, counted: Ledger) -> Ledger:
         """The live ledger: what was counted, and what the newest commit holds of it."""

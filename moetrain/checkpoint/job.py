@@ -94,9 +94,10 @@ class Receipt:
 
 @dataclass(frozen=True)
 class Reply:
-    """An agent's answer to a job. `written`: this rank's part is durable; what becomes of the save is rank 0's to say."""
+    """An agent's answer to a job. `written`: this rank's part is durable; what becomes of the save is rank 0's to say. `unknown`: there was
+    no answer."""
 
-    outcome: str  # written | committed | abandoned | superseded
+    outcome: str  # written | committed | abandoned | superseded | unknown
     reason: str = ""
     num_bytes: int = 0  # new bytes: of the whole save when committed, else of this rank
     seconds: float = 0.0

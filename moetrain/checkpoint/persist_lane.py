@@ -10,12 +10,12 @@ from threading import BoundedSemaphore
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
 from moetrain.base.log import logger
-from moetrain.checkpoint.course import Course
+from moetrain.checkpoint.course import Course, Start
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.pending import Pending
-from moetrain.checkpoint.process import AgentDied, NodeMemory
+from moetrain.checkpoint.process import AgentDied, AgentLate, NodeMemory
 from moetrain.checkpoint.status import Standing
 from moetrain.checkpoint.turns import Figures, Turns
 from moetrain.store.manifest import SaveId
@@ -62,26 +62,30 @@ class PersistLane:
 
     def _persist(self, pending: Pending, job: SaveJob) -> None:
         try:
-            parent, ledger = (None, {}) if self._rank else (self._course.parent, self._course.ledger(job.save))
-            self._settle(pending, job, self._answer(job, parent, ledger), ledger)
+            start = Start() if self._rank else self._course.begin(job.save)
+            if start.refusal:  # its agent then writes nothing, and without a parent could commit nothing
+                self._refuse(job.save, start.refusal)
+            self._settle(pending, job, self._answer(job, start), start.ledger)
         except OSError as error:
             self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
         except Exception as error:
             pending.error = error
         self.end(pending)
 
-    def _answer(self, job: SaveJob, parent: SaveId | None, ledger: dict) -> Reply:
+    def _answer(self, job: SaveJob, start: Start) -> Reply:
         try:
-            return self._memory.persist(job.save, parent, ledger, 3 * job.timeout_seconds)
+            return self._memory.persist(job.save, start.parent, start.ledger, 3 * job.timeout_seconds)
         except AgentDied as died:
-            self._refuse(job.save, str(died))
-            return Reply("abandoned", f"rank {self._rank}: {died}")
+            if self._rank or not isinstance(died, AgentLate):  # a late one may be about to commit: then its outcome is the folder's to say
+                self._refuse(job.save, str(died))
+            return Reply("unknown", f"rank {self._rank}: {died}")
 
     def _settle(self, pending: Pending, job: SaveJob, reply: Reply, ledger: dict) -> None:
         """Learns from the folder what became of the save."""
         if reply.outcome == "superseded":
             raise CheckpointError(reply.reason, "Stop one of the two jobs, or give them different run names.")
-        deadline = self._clock.monotonic() + 3 * job.timeout_seconds
+        waits = self._rank > 0 and reply.outcome != "abandoned"  # rank 0 has waited for its agent, which decides
+        deadline = self._clock.monotonic() + (3 * job.timeout_seconds if waits else 0.0)
         pause = FIRST_POLL_SECONDS
         while (outcome := self._folder.outcome(job.save)) is None and self._clock.monotonic() < deadline:
             self._clock.sleep(pause)
@@ -91,7 +95,7 @@ class PersistLane:
             self._standing.committed(job.save.seq, job.step, reply, self._figures(job, ledger))
             return
         reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
-        self._fail(pending, reason, warn=self._rank == 0 or reply.outcome == "abandoned")
+        self._fail(pending, reason, warn=self._rank == 0 or bool(reply.reason))
 
     def _figures(self, job: SaveJob, saved: dict) -> Figures:
         ledger = Ledger.of_json(saved, {})
@@ -100,10 +104,10 @@ class PersistLane:
         return self._turns.figures(ledger, max(counts, default=0))
 
     def _refuse(self, save: SaveId, reason: str) -> None:
-        """In the agent's place: rank 0 decides, other ranks hand in an error, so that rank 0 need not wait for the time limit."""
+        """Where no agent does: rank 0 says that there is no commit, other ranks hand in an error, so that nobody waits for a limit."""
         try:
             if self._rank == 0:
-                self._folder.abandon(save, reason)
+                self._folder.give_up(save, reason)
             else:
                 self._folder.put_receipt(save, self._rank, Receipt(self._rank, 0, None, [], [], reason).to_json())
         except OSError as error:

@@ -32,6 +32,10 @@ class AgentDied(Exception):
     """The agent is gone, or does not answer."""
 
 
+class AgentLate(AgentDied):
+    """It did not answer in time. It may still do what it was asked for."""
+
+
 class Link(Protocol):
     """One connection to an agent. Used by one thread at a time."""
 
@@ -229,7 +233,7 @@ class NodeMemory:
             return link.call(request | {"rank": self._rank}, limit_seconds)
         except TimeoutError:
             self._drop(lane)
-            raise AgentDied(f"the agent of this node took more than {limit_seconds:g} s") from None
+            raise AgentLate(f"the agent of this node took more than {limit_seconds:g} s") from None
         except Refused as error:
             raise AgentDied(f"the agent of this node: {error}") from error
         except OSError as error:

@@ -73,6 +73,10 @@ class Turns:
             count, enough = (count, middle) if self._fits(after, expected_faults) else (middle + 1, enough)
         return self._of(index, ledger, enough, homes)
 
+    def keeps_budget(self, after: Ledger) -> bool:
+        """Whether a fault costs no more than is left of the budget when the newest manifest holds this ledger."""
+        return not self._config.plt_budget or self._fits(after, expected_faults=1.0)
+
     def figures(self, committed: Ledger, experts_per_save: int) -> Figures:
         """For people: `committed` is the ledger of the newest manifest."""
         assignments = self._horizon.assignments

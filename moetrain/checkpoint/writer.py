@@ -11,6 +11,7 @@ import numpy as np
 from moetrain.base.checksum import crc32c
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.plan import ObjectPlan
@@ -121,15 +122,14 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
         clock.sleep(min(max((clock.monotonic() - started) / POLLS_PER_WAIT, 0.005), 0.2))
 
 
-def commit(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, alive: Alive) -> Manifest:
-    """Rank 0: waits for the other ranks and makes the recovery point exist.
-
-    Raises CheckpointError or OSError when the save was not committed.
-    """
-    receipts = gather(job, own, folder, clock, alive)
-    parent = _parent(job, folder)
-    manifest = merge(job, receipts, parent, clock.now())
-    folder.commit(manifest)
+def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, clock: Clock) -> Manifest:
+    """Rank 0: makes the recovery point exist. Raises CheckpointError or OSError when the save was not committed."""
+    manifest = merge(job, receipts, _parent(job, folder), clock.now())
+    try:
+        folder.commit(manifest)
+    except OSError:
+        if folder.outcome(job.save) is not True:
+            raise  # an error after the name appeared, as of the last fsync, undoes nothing
     return manifest
 
 
@@ -142,10 +142,15 @@ def _parent(job: SaveJob, folder: CheckpointFolder) -> Manifest | None:
         raise LostParent(f"{error.message} The next checkpoint is a full one.") from error
 
 
-def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, alive: Alive) -> Reply:
+def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, alive: Alive, gate: Gate) -> Reply:
     """One job from memory to its outcome. Never raises for a full or failing disk: the save is given up, training goes on."""
     started = clock.monotonic()
     folder = CheckpointFolder(Path(job.folder), io)
+    with suppress(OSError):
+        if folder.outcome(job.save) is False:
+            if not job.rank:
+                folder.abandon(job.save, "it was given up.")
+            return Reply("abandoned")
     receipt = _attempt(job, memories, folder)
     num_bytes = sum(record.num_bytes for record in receipt.objects)
     if job.rank:
@@ -156,26 +161,30 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
     try:
         if receipt.error:
             raise CheckpointError(f"rank 0 could not write its part: {receipt.error}")
-        manifest = commit(job, receipt, folder, clock, alive)
+        receipts = gather(job, receipt, folder, clock, alive)
+        with gate.passage(job.save, job.timeout_seconds):
+            manifest = commit(job, receipts, folder, clock)
+            gate.committed(job.save)
+            seconds = clock.monotonic() - started
+            with suppress(OSError, CheckpointError):  # a sweep that fails only leaves more behind
+                folder.sweep(job.keep, job.save)
     except Superseded as error:
         return Reply("superseded", str(error), num_bytes, clock.monotonic() - started)
     except (OSError, CheckpointError) as error:
-        if folder.outcome(job.save) is not True:  # an error after the name appeared, as of the last fsync, undoes nothing
-            with suppress(OSError):
-                folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))
-            return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
-        manifest = folder.manifest(job.save)
-    seconds = clock.monotonic() - started
-    with suppress(OSError, CheckpointError):  # a sweep that fails only leaves more behind
-        folder.sweep(job.keep, job.save)
+        with suppress(OSError):
+            folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))
+        return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
     oldest = max(manifest.ages().values(), default=0)
     return Reply("committed", "", manifest.new_bytes, seconds, oldest)
 
 
 def _attempt(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:
+    """Where it fails nothing stays: a full disk has room again, also for the news."""
     try:
         return persist(job, memories, folder)
     except OSError as error:
-        return Receipt(job.rank, job.index, job.selection, [], [], f"{error.strerror} ({error.filename or job.folder})")
+        reason = f"{error.strerror} ({error.filename or job.folder})"
     except CheckpointError as error:
-        return Receipt(job.rank, job.index, job.selection, [], [], error.message)
+        reason = error.message
+    folder.drop_share(job.share)
+    return Receipt(job.rank, job.index, job.selection, [], [], reason)

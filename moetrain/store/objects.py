@@ -96,6 +96,13 @@ class CheckpointFolder:
         """Writes labelled objects; all of them are durable when it returns, and nobody may count on any of them before."""
         self.io.put_group(self._objects / share, (_item(label, encoded) for label, encoded in objects))
 
+    def drop_share(self, share: str) -> None:
+        """Removes what was written of a share that failed and that nobody is told of."""
+        assert "/" in share, "the share of one rank, never more"
+        for name in (share, f"{share}.part"):
+            with suppress(OSError):  # a later sweep takes what is left
+                self.io.remove_tree(self._objects / name)
+
     def object_folder(self, name: str) -> Path:
         return self._objects / name
 
@@ -120,15 +127,24 @@ class CheckpointFolder:
             raise CheckpointError(f"{path} is the receipt of another rank or save.")
         return found["receipt"]
 
+    def give_up(self, save: SaveId, reason: str, needs_full: bool = False) -> None:
+        """Says that this save is not to be committed; nothing happens when it was decided before. Anybody may: it removes nothing, so that
+        a commit that has just passed its own look at this is as good as any, and counts. `needs_full`: the next save has nothing to
+        refer to."""
+        if self.outcome(save) is None:
+            content = json.dumps({"reason": reason, "needs_full": needs_full}).encode()
+            with suppress(FileExistsError):  # somebody else said so
+                self.io.create(self._receipts / str(save) / ABANDONED, seal(content))
+
     def abandon(self, save: SaveId, reason: str, needs_full: bool = False) -> None:
-        """Says for good that this save will not be committed, then removes what was written for it. Nothing happens when it was
-        decided before. Only for the process that would commit it. `needs_full`: the next save has nothing to refer to."""
-        if self.outcome(save) is not None:
+        """`give_up`, and removes what was written for it. Only for the process that would commit it, when it no longer will."""
+        if self.outcome(save) is True:
             return
-        content = json.dumps({"reason": reason, "needs_full": needs_full}).encode()
-        self.io.create(self._receipts / str(save) / ABANDONED, seal(content))
+        with suppress(OSError):  # before what may take long: all ranks wait for it
+            self.give_up(save, reason, needs_full)
         with suppress(OSError):  # a late rank may still be writing there; a later sweep takes what is left
             self.io.remove_tree(self._objects / str(save))
+        self.give_up(save, reason, needs_full)  # where the disk was full there is room now
 
     def outcome(self, save: SaveId) -> bool | None:
         """True: committed, False: abandoned, None: not known yet."""

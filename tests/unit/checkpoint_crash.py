@@ -22,6 +22,7 @@ import numpy as np
 from moetrain.base.clock import SystemClock
 from moetrain.checkpoint.choose import choose
 from moetrain.checkpoint.config import AgentConfig
+from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
@@ -87,7 +88,7 @@ def save_here(folder: Path, version: int, io: Io) -> Reply:
     save = CheckpointFolder(folder, io).claim(0.0)
     arena = memoryview(bytearray(1 << 16))
     job = prepare(folder, save, version, arena)
-    return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True)
+    return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True, Gate())
 
 
 def restored_step(folder: Path, io: Io | None = None) -> int:
@@ -210,7 +211,7 @@ def save_by_ranks(folder: Path, version: int, ios: Sequence[Io]) -> list[int]:
     def work(rank: int, io: Io) -> Reply:
         arena = memoryview(bytearray(1 << 16))
         job = prepare(folder, save, version, arena, rank=rank, world=world)
-        return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True)
+        return handle(job, views(job.objects, arena), io, SystemClock(), lambda: True, Gate())
 
     return [forked(lambda rank=rank, io=io: work(rank, io)) for rank, io in enumerate(ios)]
 

@@ -10,7 +10,7 @@ from unittest.mock import patch
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.choose import check, check_object, choose
-from moetrain.checkpoint.writer import commit, persist
+from moetrain.checkpoint.writer import commit, gather, persist
 from moetrain.store.encode import DATA, METADATA
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
@@ -50,7 +50,7 @@ def _save(folder: CheckpointFolder, fs: MemoryFs, version: int, keep: int, rando
     receipt = persist(job, views(job.objects, arena), folder)
     folder.put_receipt(job.save, 0, receipt.to_json())
     fs.mark(f"{BEGUN} {version}")
-    commit(job, receipt, folder, SystemClock(), lambda: True)
+    commit(job, gather(job, receipt, folder, SystemClock(), lambda: True), folder, SystemClock())
     folder.sweep(job.keep, job.save)
     fs.mark(f"{DONE} {version}")
     if random.random() < 0.2 and (pins := folder.pins()):

@@ -3,13 +3,21 @@
 import errno
 import os
 import threading
+from collections.abc import Sequence
+from math import inf
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from moetrain.base.errors import CheckpointError
-from moetrain.store.io import Io
-from tests.unit.checkpoint_kit import Job, LocalNode, assert_equal, expected, experts_by_step, flip, manifests
+from moetrain.checkpoint.choose import check, check_object
+from moetrain.checkpoint.job import Receipt, SaveJob
+from moetrain.checkpoint.pending import Pending
+from moetrain.checkpoint.writer import gather
+from moetrain.store.io import Buffer, Io
+from moetrain.store.objects import CheckpointFolder
+from tests.unit.checkpoint_kit import Job, LocalLink, LocalNode, assert_equal, expected, experts_by_step, flip, manifests
 
 
 def test_missing_receipt_abandons_this_save_and_the_next_takes_the_same_experts(tmp_path):
@@ -120,3 +128,146 @@ def test_no_room_for_the_copy_is_said_before_the_next_update(tmp_path):
     job.start(1)
     with pytest.raises(CheckpointError, match="fits nowhere"):
         job.ranks[0].wait_copied()
+
+
+class LateNode(LocalNode):
+    """A node whose agent, while `is_late`, goes on with a save that its rank waits no longer for."""
+
+    def __init__(self) -> None:
+        self.is_late = False
+        self.late: list[threading.Thread] = []
+        super().__init__()
+
+    def __call__(self, start: bool) -> "LateLink":
+        return LateLink(self)
+
+
+class LateLink(LocalLink):
+    def __init__(self, node: LateNode) -> None:
+        super().__init__(node)
+        self._late_node = node
+
+    def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
+        if request["op"] != "persist" or not self._late_node.is_late:
+            return super().call(request, limit_seconds)
+        self._late_node.late.append(threading.Thread(target=super().call, args=(request, limit_seconds), daemon=True))
+        self._late_node.late[-1].start()
+        raise TimeoutError
+
+
+def late_save(job: Job, version: int, is_there: threading.Event) -> Pending:
+    """A full save that its trainer gives up waiting for, once the agent is where the test wants it."""
+    node = job.nodes[0]
+    assert isinstance(node, LateNode)
+    node.is_late = True
+    (pending,) = job.save(version, full=True)
+    assert is_there.wait(60)
+    node.is_late = False
+    assert not pending.committed
+    assert "took more than" in pending.reason
+    return pending
+
+
+def test_a_commit_that_nobody_waited_for_is_whole_and_the_next_save_builds_on_it(tmp_path):
+    node = LateNode()
+    job = Job(tmp_path, 1, 1, nodes=[node], keep=1)
+    job.save(1, full=True)
+    is_there, goes_on = threading.Event(), threading.Event()
+
+    def hang(operation: str, path: Path) -> None:
+        if operation == "link" and path.parent.name == "manifests":
+            is_there.set()
+            assert goes_on.wait(60)
+
+    node.io = Io(hang)
+    late = late_save(job, 2, is_there)
+    node.io = Io()
+    job.settings.timeout_seconds = 0.1
+    (beside,) = job.save(3)
+    assert "earlier checkpoint" in beside.reason  # it would have built on what the late one is about to remove
+    goes_on.set()
+    node.late[0].join(60)
+    assert [point.save for point in manifests(tmp_path)] == [late.save]
+    assert_equal(Job(tmp_path / "none", 1, 1).load(str(tmp_path))[1], expected(2))
+    job.settings.timeout_seconds = 60
+    assert job.save(4)[0].committed
+    (newest,) = manifests(tmp_path)
+    assert newest.parent == late.save
+    assert_equal(Job(tmp_path / "none", 1, 1).load(str(tmp_path))[1], expected(4, experts_by_step(newest)))
+
+
+def test_a_save_that_a_younger_one_overtook_is_not_committed(tmp_path, monkeypatch):
+    node = LateNode()
+    job = Job(tmp_path, 1, 1, nodes=[node], keep=2)
+    job.save(1, full=True)
+    is_there, goes_on = threading.Event(), threading.Event()
+
+    def slow(job: SaveJob, *others: Any) -> list[Receipt]:
+        found = gather(job, *others)
+        if job.step == 2:
+            is_there.set()
+            assert goes_on.wait(60)
+        return found
+
+    monkeypatch.setattr("moetrain.checkpoint.writer.gather", slow)
+    late = late_save(job, 2, is_there)
+    assert job.save(3)[0].committed  # and swept: nothing of the late one is left
+    goes_on.set()
+    node.late[0].join(60)
+    folder = CheckpointFolder(tmp_path, Io())
+    assert folder.outcome(late.save) is False
+    assert [point.step for point in manifests(tmp_path)] == [3, 1]
+    assert all(check(folder, point, check_object) == {} for point in manifests(tmp_path))
+
+
+class SmallDisk(Io):
+    """Of one rank, with room for `room` bytes more; what is removed is given back. A write that finds none fills it up."""
+
+    def __init__(self, folder: Path, rank: int, room: int) -> None:
+        super().__init__()
+        self._folder, self._rank, self.size_bytes = folder, rank, 0
+        self.size_bytes = room - self.free
+
+    @property
+    def free(self) -> int:
+        return self.size_bytes - sum(path.stat().st_size for path in self._folder.rglob(f"{self._rank:05d}*/**/*") if path.is_file())
+
+    def write_new(self, path: Path, buffers: Sequence[Buffer]) -> int:
+        free = self.free
+        if sum(memoryview(buffer).nbytes for buffer in buffers) <= free:
+            return super().write_new(path, buffers)
+        path.write_bytes(bytes(max(free, 0)))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+@pytest.mark.parametrize("full_rank", [0, 1])
+def test_a_save_that_fills_the_disk_gives_the_room_back(tmp_path, monkeypatch, full_rank):
+    job = Job(tmp_path, 2, 2)
+    job.save(1, full=True)
+    job.save(2)
+    monkeypatch.setattr("moetrain.store.backend.WRITERS", 1)  # none fills up what another one has just freed
+    before = {path for path in tmp_path.glob("objects/*/*")}
+    disk = SmallDisk(tmp_path, full_rank, manifests(tmp_path)[0].total_bytes // 4)
+    job.nodes[full_rank].io = disk
+    lost = job.save(3, full=True)
+    assert not any(pending.committed for pending in lost)
+    assert "No space left" in lost[full_rank].reason
+    assert CheckpointFolder(tmp_path, Io()).outcome(lost[0].save) is False
+    assert {path for path in tmp_path.glob("objects/*/*")} == before
+    disk.size_bytes += 1 << 20
+    assert all(pending.committed for pending in job.save(4))
+
+
+def test_rank_0_takes_its_agents_word_when_not_even_that_can_be_written(tmp_path):
+    job = Job(tmp_path, 1, 1)
+    job.save(1)
+
+    def fail(operation: str, path: Path) -> None:
+        if operation in ("open", "mkdir"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    job.nodes[0].io = Io(fail)
+    (lost,) = job.save(2)  # which would else last three times the limit
+    assert "No space left" in lost.reason
+    job.nodes[0].io = Io()
+    assert job.save(3)[0].committed
