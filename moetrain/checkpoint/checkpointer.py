@@ -60,7 +60,7 @@ class Checkpointer:
         save = SaveId.parse(first)
         assert save is not None
         self._next = save
-        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch)
+        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock)
         accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
         self._course = Course(self._folder, config, self._turns)

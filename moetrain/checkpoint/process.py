@@ -4,27 +4,32 @@ import json
 import mmap
 import os
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import inf
 from pathlib import Path
 from threading import Lock
 from typing import Protocol
 
 import moetrain
+from moetrain.base.clock import Clock
 from moetrain.base.log import logger
 from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot, possible_bytes
 from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
-from moetrain.checkpoint.serve import SOCKET, short_path
-from moetrain.checkpoint.wire import Refused, exchange
+from moetrain.checkpoint.patience import Patience
+from moetrain.checkpoint.serve import PULSE, SOCKET, short_path
+from moetrain.checkpoint.wire import Refused, answer, send
 from moetrain.store.manifest import SaveId
 from moetrain.store.objects import Superseded
 
 CALL_SECONDS = 60.0  # for everything but persisting
+SILENCE_SECONDS = 2.0  # that training waits for an answer before it looks whether the agent still runs, and for a sign that it does
 AGENT = "moetrain.checkpoint.serve"
 
 
@@ -39,8 +44,11 @@ class AgentLate(AgentDied):
 class Link(Protocol):
     """One connection to an agent. Used by one thread at a time."""
 
-    def call(self, request: dict, limit_seconds: float) -> dict:
-        """Raises OSError; Refused with its sentence."""
+    def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
+        """`silence_seconds`: how long the agent may neither answer nor show that it is working on it.
+
+        Raises OSError, of which TimeoutError after either limit; Refused with its sentence.
+        """
         ...
 
     def close(self) -> None: ...
@@ -60,21 +68,50 @@ class SocketLink:
     """A connection to the agent's process."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises OSError when nobody answers there."""
-        self._socket = socket.socket(socket.AF_UNIX)
-        try:
-            with short_path(folder / SOCKET) as name:
-                self._socket.connect(name)
-        except OSError:
-            self._socket.close()
-            raise
+        """Raises OSError when nobody listens there, TimeoutError when nobody has picked up the calls of many others."""
+        self._folder = folder
+        self._socket = _connected(folder / SOCKET)
 
-    def call(self, request: dict, limit_seconds: float) -> dict:
+    def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
+        silence, waited = min(silence_seconds, limit_seconds), 0.0
+        self._socket.settimeout(silence)
+        send(self._socket, request)
+        while not self._is_answered():
+            waited += silence
+            if waited >= limit_seconds:
+                raise TimeoutError
+            self._feel_pulse(silence)
         self._socket.settimeout(limit_seconds)
-        return exchange(self._socket, request)[0]
+        return answer(self._socket)[0]
+
+    def _is_answered(self) -> bool:
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except TimeoutError:
+            return False
+        return True
+
+    def _feel_pulse(self, limit_seconds: float) -> None:
+        """A large copy takes its time, and an agent at work hangs up at once; one that was stopped does not."""
+        with _connected(self._folder / PULSE) as probe:
+            probe.settimeout(limit_seconds)
+            probe.recv(1)
 
     def close(self) -> None:
         self._socket.close()
+
+
+def _connected(path: Path) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    patience = struct.pack("@ll", int(SILENCE_SECONDS), int(SILENCE_SECONDS % 1 * 1e6))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, patience)  # else it waits for ever in a queue that is full
+    try:
+        with short_path(path) as name:
+            connection.connect(name)
+    except OSError as error:
+        connection.close()
+        raise TimeoutError if isinstance(error, BlockingIOError) else error from None
+    return connection
 
 
 class Launcher:
@@ -86,9 +123,12 @@ class Launcher:
         self._config, self._environ = config, environ
 
     def __call__(self, start: bool) -> SocketLink | None:
-        """Any rank of the node may start it: local rank 0 at once, the others when it has not come up after half of the deadline."""
-        with suppress(OSError):
-            return SocketLink(self.folder)
+        """Any rank of the node may start it: local rank 0 at once, the others when it has not come up after half of the deadline.
+
+        Raises TimeoutError when there is one that lets nobody in.
+        """
+        if (link := self._link()) is not None:
+            return link
         if not start and not (self.folder / "generations").is_dir():
             return None
         begin = time.monotonic()
@@ -98,10 +138,18 @@ class Launcher:
             if not started and time.monotonic() >= begin + patience:
                 self._start()
                 started = True
-            with suppress(OSError):
-                return SocketLink(self.folder)
+            if (link := self._link()) is not None:
+                return link
             time.sleep(0.02)
         raise AgentDied(f"the agent of this node did not answer within {self._config.deadline_seconds:g} s ({self.folder})")
+
+    def _link(self) -> SocketLink | None:
+        try:
+            return SocketLink(self.folder)
+        except TimeoutError:
+            raise
+        except OSError:
+            return None
 
     def _start(self) -> None:
         package = str(Path(moetrain.__file__).parents[1])  # importable whatever the working folder is now
@@ -136,18 +184,23 @@ def own_address(environ: Mapping[str, str]) -> str:
 
 
 class NodeMemory:
-    """The memory of this node as one rank uses it. Two connections: copying must not wait for persisting."""
+    """The memory of this node as one rank uses it. Two connections: copying must not wait for persisting.
 
-    def __init__(self, connect: Connect, rank: int, epoch: int) -> None:
+    Training may have to wait for a copy. So an agent that was stopped is noticed within seconds while copies are made, and then left
+    alone for a while, longer each time; one that works on a large copy has all of `CALL_SECONDS`.
+    """
+
+    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock) -> None:
         self._connect, self._rank, self._epoch = connect, rank, epoch
         self._links: dict[str, Link] = {}
         self._locks = {"copy": Lock(), "persist": Lock()}
         self._maps: dict[str, mmap.mmap] = {}
         self._partner: dict | None = None
+        self._patience = Patience(clock)
 
     def reserve(self, save: SaveId, keep: SaveId | None, sizes: Sequence[int]) -> dict[str, mmap.mmap]:
         """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
-        answer = self._call("copy", {"op": "reserve", "save": save, "keep": keep, "sizes": list(sizes)})
+        answer = self._copy({"op": "reserve", "save": save, "keep": keep, "sizes": list(sizes)})
         if "full" in answer:
             raise NoRoom(answer["full"], answer["hint"])
         for path in answer["slots"]:
@@ -157,11 +210,11 @@ class NodeMemory:
 
     def filled(self, job: SaveJob, slots: Sequence[str]) -> None:
         """The copy is complete; when this returns it outlives this process. Raises AgentDied."""
-        self._call("copy", {"op": "filled", "job": job.to_json(), "slots": list(slots)})
+        self._copy({"op": "filled", "job": job.to_json(), "slots": list(slots)})
 
     def replicated(self, save: SaveId) -> tuple[bool, str]:
         """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied."""
-        answer = self._call("copy", {"op": "replicated", "save": save})
+        answer = self._copy({"op": "replicated", "save": save})
         return answer["done"], answer["trouble"]
 
     def persist(self, save: SaveId, parent: SaveId | None, ledger: dict, limit_seconds: float) -> Reply:
@@ -219,37 +272,49 @@ class NodeMemory:
             link.close()
         self._links, self._maps = {}, {}
 
+    def _copy(self, request: dict) -> dict:
+        """A call that may hold up training."""
+        with self._locks["copy"]:
+            if left := self._patience.seconds_left:
+                raise AgentLate(f"the agent of this node does not answer; it is asked again in {left:.0f} s")
+            try:
+                found = self._answer("copy", request, CALL_SECONDS, silence_seconds=SILENCE_SECONDS)
+            except AgentLate:
+                self._patience.timed_out()
+                raise
+            self._patience.answered()
+        return _accepted(found)
+
     def _call(self, lane: str, request: dict, limit_seconds: float = CALL_SECONDS, start: bool = True) -> dict:
         with self._locks[lane]:
-            answer = self._answer(lane, request, limit_seconds, start)
-        if "superseded" in answer:
-            raise Superseded(answer["superseded"], "Stop one of the two jobs, or give them different run names.")
-        return answer
+            found = self._answer(lane, request, limit_seconds, start)
+        return _accepted(found)
 
-    def _answer(self, lane: str, request: dict, limit_seconds: float, start: bool) -> dict:
+    def _answer(self, lane: str, request: dict, limit_seconds: float, start: bool = True, silence_seconds: float = inf) -> dict:
         was_open = lane in self._links
         try:
-            link = self._links.get(lane) or self._open(lane, start)
-            return link.call(request | {"rank": self._rank}, limit_seconds)
+            link = self._links.get(lane) or self._open(lane, start, silence_seconds)
+            return link.call(request | {"rank": self._rank}, limit_seconds, silence_seconds)
         except TimeoutError:
             self._drop(lane)
-            raise AgentLate(f"the agent of this node took more than {limit_seconds:g} s") from None
+            limits = f"{limit_seconds:g} s" + (f", or {silence_seconds:g} s without a sign of life" if silence_seconds < inf else "")
+            raise AgentLate(f"the agent of this node took more than {limits}") from None
         except Refused as error:
             raise AgentDied(f"the agent of this node: {error}") from error
         except OSError as error:
             self._drop(lane)
             if was_open:  # it ended since: another one takes over what it had, and knows when that is not enough
-                return self._answer(lane, request, limit_seconds, start)
+                return self._answer(lane, request, limit_seconds, start, silence_seconds)
             raise AgentDied(f"the agent of this node ended ({error.strerror})") from error
 
-    def _open(self, lane: str, start: bool) -> Link:
+    def _open(self, lane: str, start: bool, silence_seconds: float) -> Link:
         link = self._connect(start)
         if link is None:
             raise AgentDied("this node has no agent")
         self._links[lane] = link
-        link.call({"op": "join", "rank": self._rank, "epoch": self._epoch}, CALL_SECONDS)
+        link.call({"op": "join", "rank": self._rank, "epoch": self._epoch}, CALL_SECONDS, silence_seconds)
         if self._partner is not None:
-            link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS)
+            link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS, silence_seconds)
         return link
 
     def _drop(self, lane: str) -> None:
@@ -257,3 +322,9 @@ class NodeMemory:
         link = self._links.pop(lane, None)
         if link is not None:
             link.close()
+
+
+def _accepted(found: dict) -> dict:
+    if "superseded" in found:
+        raise Superseded(found["superseded"], "Stop one of the two jobs, or give them different run names.")
+    return found

@@ -28,6 +28,7 @@ from moetrain.store.io import Io
 from moetrain.store.objects import Superseded
 
 ABOUT, SOCKET = "agent.json", "socket"
+PULSE = "pulse"  # a socket where everybody who calls is hung up on: a sign of life, whatever requests are being worked on
 MESSAGE_SECONDS = 30.0  # for one message once it has begun
 LOOK_SECONDS = 0.2  # how often an agent asks itself whether it is over
 GRACE_SECONDS = 20.0  # before the first rank comes
@@ -70,26 +71,25 @@ class Server:
     def __init__(self, agent: Agent, host: str, linger_seconds: float, clock: Clock) -> None:
         """Raises OSError."""
         self.agent, self._linger, self._clock = agent, linger_seconds, clock
-        path = agent.folder / SOCKET
-        path.unlink(missing_ok=True)
-        self._local = socket.socket(socket.AF_UNIX)
-        with short_path(path) as name:
-            self._local.bind(name)
-        self._local.listen(128)
+        self._local, self._pulse = _listening(agent.folder / SOCKET), _listening(agent.folder / PULSE)
         before = _about(agent.folder)
         self._remote = _bound(host, before["port"] if before else 0)
         token = before["token"] if before else secrets.token_hex(16)
         agent.address = Address(host, self._remote.getsockname()[1], token)
-        about = vars(agent.address) | {"pid": os.getpid(), "linger_seconds": linger_seconds}
-        draft = agent.folder / f".{ABOUT}"
-        draft.write_text(json.dumps(about))
-        draft.rename(agent.folder / ABOUT)
+        spare = [slots.parent for slots in agent.arena.folders if slots.parent != agent.folder]
+        about = {"pid": os.getpid(), "linger_seconds": linger_seconds}
+        for one in spare:
+            _tell(one, about)
+        _tell(agent.folder, vars(agent.address) | about | {"spare": [str(one) for one in spare]})
 
     def serve(self) -> None:
         quiet_since, limit = self._clock.monotonic(), max(GRACE_SECONDS, self._linger)
         while not (self.agent.is_stopped and not self.agent.num_persisting):
-            for listener in select.select([self._local, self._remote], [], [], LOOK_SECONDS)[0]:
+            for listener in select.select([self._local, self._remote, self._pulse], [], [], LOOK_SECONDS)[0]:
                 connection, _ = listener.accept()
+                if listener is self._pulse:
+                    connection.close()
+                    continue
                 Thread(target=self._attend, args=(connection, listener is self._local), daemon=True).start()
                 limit = self._linger
             now = self._clock.monotonic()
@@ -99,8 +99,8 @@ class Server:
                 return
 
     def close(self) -> None:
-        self._local.close()
-        self._remote.close()
+        for listener in (self._local, self._remote, self._pulse):
+            listener.close()
 
     def _attend(self, connection: socket.socket, is_local: bool) -> None:
         with connection, _death_of(connection if is_local else None) as death:
@@ -153,6 +153,15 @@ def answer_of(operation: Operation, session: Session, header: dict, raw: memoryv
         return {"error": f"{error.filename or 'the arena'} cannot be used: {error.strerror}."}, b""
 
 
+def _listening(path: Path) -> socket.socket:
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX)
+    with short_path(path) as name:
+        listener.bind(name)
+    listener.listen(128)
+    return listener
+
+
 def _bound(host: str, port: int) -> socket.socket:
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -195,23 +204,28 @@ def _about(folder: Path) -> dict | None:
         return None
 
 
+def _tell(folder: Path, about: dict) -> None:
+    draft = own_folder(folder) / f".{ABOUT}"
+    draft.write_text(json.dumps(about))
+    draft.rename(folder / ABOUT)
+
+
 def remove_stale(base: Path, own: Path) -> None:
     """Arenas of this user whose agents were killed longer ago than they would have waited for ranks."""
     for folder in base.glob(f"moetrain-{os.getuid()}-*"):
         about = _about(folder)
         with suppress(OSError):
             age = time.time() - folder.stat().st_mtime
-            if folder == own or age < (about["linger_seconds"] if about else GRACE_SECONDS) or (held := _try_lock(folder)) is None:
-                continue
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(held)
+            if folder != own and age >= (about["linger_seconds"] if about else GRACE_SECONDS):
+                clear(folder)
 
 
 def clear(folder: Path) -> bool:
-    """Removes the arena of an agent that was killed; False when there is none, or its agent lives."""
+    """Removes the arena of an agent that was killed, its spare folders too; False when there is none, or its agent lives."""
     if not folder.is_dir() or (held := _try_lock(folder)) is None:
         return False
-    shutil.rmtree(folder, ignore_errors=True)
+    for one in (*(_about(folder) or {}).get("spare", []), folder):
+        shutil.rmtree(one, ignore_errors=True)
     os.close(held)
     return True
 
@@ -230,17 +244,31 @@ def run(folder: Path, spare: Sequence[Path], host: str, linger_seconds: float) -
     """The life of one agent. Returns at once when another one has the folder."""
     if lock(folder) is None:
         return
+    clock = SystemClock()
+    spare = list(owned(spare, clock))
     for base in (folder.parent, *(one.parent for one in spare)):
         remove_stale(base, base / folder.name)
     arena = Arena([folder / SLOTS, *(one / SLOTS for one in spare)])
-    agent = Agent(folder, arena, Io(), SystemClock())
-    server = Server(agent, host, linger_seconds, SystemClock())
+    agent = Agent(folder, arena, Io(), clock)
+    server = Server(agent, host, linger_seconds, clock)
     try:
         server.serve()
     finally:
         for one in (*spare, folder):
             shutil.rmtree(one, ignore_errors=True)
         server.close()
+
+
+def owned(spare: Sequence[Path], clock: Clock) -> dict[Path, int]:
+    """The spare folders that can be had, locked like the first one, so that no other agent takes them for a dead one's."""
+    had, deadline = {}, clock.monotonic() + GRACE_SECONDS
+    for folder in spare:
+        with suppress(OSError, CheckpointError):  # the arena is smaller without it
+            while (held := lock(folder)) is None and clock.monotonic() < deadline:  # by one that ends, or removes what was left there
+                clock.sleep(LOOK_SECONDS)
+            if held is not None:
+                had[folder] = held
+    return had
 
 
 def main(argument: str) -> int:

@@ -105,6 +105,11 @@ def ask(address: Address, header: dict, raw: Buffer = b"", room: Room = fresh_ro
 def exchange(connection: socket.socket, header: dict, raw: Buffer = b"", room: Room = fresh_room) -> tuple[dict, memoryview]:
     """Question and answer. Raises OSError, Refused."""
     send(connection, header, raw)
+    return answer(connection, room)
+
+
+def answer(connection: socket.socket, room: Room = fresh_room) -> tuple[dict, memoryview]:
+    """To what was sent before. Raises OSError, Refused."""
     found = receive(connection, room)
     if found is None:
         raise WireError("the other end closed the connection.")

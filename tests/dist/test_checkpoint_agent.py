@@ -18,11 +18,12 @@ from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import AgentConfig, CheckpointConfig
 from moetrain.checkpoint.process import Launcher, NodeMemory, own_address
 from moetrain.checkpoint.recover import alone
-from moetrain.checkpoint.serve import SOCKET, lock, remove_stale, short_path
+from moetrain.checkpoint.serve import SOCKET, Server, clear, lock, owned, remove_stale, short_path
 from moetrain.checkpoint.wire import Address, Refused, WireError, ask
 from moetrain.cli import main
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
+from tests.clock import FakeClock
 from tests.dist.test_checkpoint_processes import agents, wait_for_no_agent
 from tests.unit.checkpoint_kit import state_of
 
@@ -61,7 +62,7 @@ def test_many_starts_leave_no_process_and_no_memory(tmp_path, starts):
 
 
 def test_ranks_that_start_together_share_one_agent_in_a_session_of_its_own(tmp_path):
-    memories = [NodeMemory(launcher(tmp_path), rank, 1) for rank in range(3)]
+    memories = [NodeMemory(launcher(tmp_path), rank, 1, SystemClock()) for rank in range(3)]
     threads = [threading.Thread(target=memory.address) for memory in memories]
     for thread in threads:
         thread.start()
@@ -83,7 +84,7 @@ def test_ranks_that_start_together_share_one_agent_in_a_session_of_its_own(tmp_p
 def test_an_agent_ends_a_while_after_its_last_rank_was_killed(tmp_path):
     child = os.fork()
     if child == 0:
-        NodeMemory(launcher(tmp_path, 0.3), 0, 1).reserve(SaveId(1, 1), None, [5000])
+        NodeMemory(launcher(tmp_path, 0.3), 0, 1, SystemClock()).reserve(SaveId(1, 1), None, [5000])
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert agents(tmp_path)
@@ -95,7 +96,7 @@ def test_a_child_that_holds_the_connection_of_a_dead_rank_deceives_nobody(tmp_pa
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
-        memory = NodeMemory(launcher(tmp_path), 0, 1)
+        memory = NodeMemory(launcher(tmp_path), 0, 1, SystemClock())
         memory.reserve(SaveId(1, 1), None, [5000])
         grandchild = os.fork()
         if grandchild == 0:
@@ -131,7 +132,7 @@ def test_commands_show_and_stop_an_agent(tmp_path, capsys):
 
 
 def test_the_memory_of_killed_agents_is_removed_by_the_next_one_and_by_stop(tmp_path, capsys):
-    memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1)
+    memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1, SystemClock())
     memory.reserve(SaveId(1, 1), None, [5000])
     (pid,) = agents(tmp_path)
     os.kill(pid, signal.SIGKILL)
@@ -150,7 +151,7 @@ def test_the_memory_of_killed_agents_is_removed_by_the_next_one_and_by_stop(tmp_
 
 
 def test_a_living_agents_memory_is_never_taken_for_a_dead_ones(tmp_path):
-    memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1)
+    memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1, SystemClock())
     memory.reserve(SaveId(1, 1), None, [5000])
     folder = arena_folder(tmp_path / "run" / "checkpoint", str(tmp_path / "memory"))
     os.utime(folder, (0, 0))
@@ -161,8 +162,33 @@ def test_a_living_agents_memory_is_never_taken_for_a_dead_ones(tmp_path):
     wait_for_no_agent(tmp_path)
 
 
+def test_the_spare_folder_lives_and_dies_with_its_agent(tmp_path):
+    first, spare = tmp_path / "shared" / f"moetrain-{os.getuid()}-x", tmp_path / "temporary" / f"moetrain-{os.getuid()}-x"
+    held = owned([first, spare], SystemClock())
+    agent = Agent(
+        first, Arena([first / "slots", spare / "slots"], lambda base: 1 << 30 if base.name == "temporary" else 0), Io(), SystemClock()
+    )
+    Server(agent, "127.0.0.1", 120.0, SystemClock()).close()
+    (slot,) = agent.arena.reserve([5000])
+
+    def another_run_starts() -> bool:
+        for folder in (first, spare):
+            remove_stale(folder.parent, folder.parent / "another")
+        return Path(slot.path).exists()
+
+    os.utime(spare, (0, 0))
+    assert another_run_starts()
+    assert owned([spare], FakeClock()) == {}  # waits, but not for ever
+    for descriptor in held.values():  # as when it is killed
+        os.close(descriptor)
+    os.utime(spare, (time.time() - 60, time.time() - 60))
+    assert another_run_starts()  # its ranks may come back
+    assert clear(first)
+    assert not first.exists() and not spare.exists()
+
+
 def test_strangers_on_the_network_get_nothing(tmp_path):
-    memory = NodeMemory(launcher(tmp_path), 0, 1)
+    memory = NodeMemory(launcher(tmp_path), 0, 1, SystemClock())
     found = memory.address()
     assert found is not None
     address = Address(**found)

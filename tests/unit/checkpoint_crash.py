@@ -254,7 +254,7 @@ def train(folder: Path) -> None:
     claimed = CheckpointFolder(folder, Io()).claim(0.0)
     newest = CheckpointFolder(folder, Io()).saves()
     version = newest[0].seq if newest else 0
-    memory = NodeMemory(Launcher(folder, agent_config(folder)), 0, claimed.epoch)
+    memory = NodeMemory(Launcher(folder, agent_config(folder)), 0, claimed.epoch, SystemClock())
     for seq in count(claimed.seq):
         version += 1
         save, arena = SaveId(claimed.epoch, seq), memoryview(bytearray(1 << 16))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Barrier
@@ -102,7 +103,7 @@ class LocalLink:
         self._node = node
         self._session = node.agent.open(lambda: True)
 
-    def call(self, request: dict, limit_seconds: float) -> dict:
+    def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
         if self._node.dead:
             raise WireError("exit code -9")
         request = json.loads(json.dumps(request))

@@ -1,0 +1,133 @@
+"""A rank and the agent of its node: what is waited for, and for how long. Sockets and clocks, no processes."""
+
+import socket
+from math import inf
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from moetrain.base.clock import SystemClock
+from moetrain.checkpoint import process
+from moetrain.checkpoint.agent import Agent
+from moetrain.checkpoint.arena import Arena
+from moetrain.checkpoint.process import AgentDied, AgentLate, Link, NodeMemory, SocketLink
+from moetrain.checkpoint.serve import PULSE, SOCKET, Server
+from moetrain.checkpoint.wire import receive, send
+from moetrain.store.io import Io
+from moetrain.store.manifest import SaveId
+from tests.clock import FakeClock
+
+
+class Stoppable:
+    """An agent of which a rank hears nothing while `stopped`. `asked`: how long each question would have waited in silence."""
+
+    def __init__(self) -> None:
+        self.folder = Path("/nowhere")
+        self.stopped = False
+        self.asked: list[float] = []
+
+    def __call__(self, start: bool) -> Link:
+        return self
+
+    def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
+        self.asked.append(min(limit_seconds, silence_seconds))
+        if self.stopped:
+            raise TimeoutError
+        return {"slots": [], "address": None}
+
+    def close(self) -> None: ...
+
+
+def listening(path: Path) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    return listener
+
+
+def test_a_stopped_agent_holds_up_training_for_seconds_and_then_ever_more_rarely():
+    agent, clock = Stoppable(), FakeClock()
+    memory = NodeMemory(agent, 0, 1, clock)
+    agent.stopped = True
+    tried = []
+    for _ in range(3600):  # a copy every second
+        agent.asked.clear()
+        with pytest.raises(AgentLate):
+            memory.reserve(SaveId(1, 1), None, [])
+        assert sum(agent.asked) <= process.SILENCE_SECONDS
+        tried += [clock.time] if agent.asked else []
+        clock.sleep(1.0)
+    assert tried == [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030]
+    agent.stopped = False
+    clock.sleep(600.0)
+    assert memory.reserve(SaveId(1, 1), None, []) == {}
+    agent.stopped = True
+    with pytest.raises(AgentLate, match="without a sign of life"):
+        memory.reserve(SaveId(1, 1), None, [])
+    clock.sleep(9.0)
+    with pytest.raises(AgentLate, match="asked again in 1 s"):
+        memory.reserve(SaveId(1, 1), None, [])
+
+
+def test_a_recovery_waits_longer_for_an_agent_than_training_does():
+    agent = Stoppable()
+    assert NodeMemory(agent, 0, 1, FakeClock()).list() == {"slots": [], "address": None}
+    assert set(agent.asked) == {process.CALL_SECONDS}
+
+
+def test_an_agent_that_works_on_a_large_copy_is_waited_for(tmp_path):
+    with listening(tmp_path / SOCKET) as local, listening(tmp_path / PULSE) as pulse:
+
+        def work() -> None:
+            connection, _ = local.accept()
+            with connection:
+                receive(connection)
+                for _ in range(3):  # it is asked for signs of life before it has an answer
+                    pulse.accept()[0].close()
+                send(connection, {"is": "done"})
+
+        thread = Thread(target=work)
+        thread.start()
+        assert SocketLink(tmp_path).call({"op": "reserve"}, 60.0, silence_seconds=0.01) == {"is": "done"}
+        thread.join()
+
+
+def test_a_live_agent_shows_it_whatever_it_is_busy_with(tmp_path):
+    (tmp_path / "arena").mkdir(mode=0o700)
+    agent = Agent(tmp_path / "arena", Arena([tmp_path / "arena" / "slots"]), Io(), SystemClock())
+    server = Server(agent, "127.0.0.1", 60.0, SystemClock())
+    thread = Thread(target=server.serve)
+    thread.start()
+    link = SocketLink(agent.folder)
+    with agent._lock:  # as long as it allocates slots for another rank
+        for _ in range(3):
+            link._feel_pulse(60.0)
+    link.close()
+    agent.is_stopped = True
+    thread.join()
+    server.close()
+    with pytest.raises(OSError):
+        link._feel_pulse(60.0)
+
+
+def test_a_stopped_agent_is_noticed_although_it_can_be_called(tmp_path):
+    with listening(tmp_path / SOCKET), listening(tmp_path / PULSE), pytest.raises(TimeoutError):
+        SocketLink(tmp_path).call({"op": "reserve"}, 60.0, silence_seconds=0.01)
+
+
+def test_calls_that_nobody_picks_up_do_not_wait_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "SILENCE_SECONDS", 0.01)
+    with listening(tmp_path / SOCKET) as local:
+        local.listen(0)
+        waiting = SocketLink(tmp_path)
+        with pytest.raises(TimeoutError):
+            SocketLink(tmp_path)
+        waiting.close()
+
+
+def test_an_agent_that_ended_is_no_late_one(tmp_path):
+    memory = NodeMemory(process.Launcher(tmp_path / "run", process.AgentConfig(folder=str(tmp_path))), 0, 1, FakeClock())
+    assert memory.list() is None
+    with pytest.raises(AgentDied, match="no agent"):
+        memory._call("copy", {"op": "status"}, start=False)
