@@ -53,7 +53,7 @@ class Checkpointer:
         Raises CheckpointError when the folder cannot be written.
         """
         assert board is not None or world == 1, "ranks agree over a board"
-        self._rank, self._world = rank, world
+        self._rank, self._world, self._config = rank, world, config
         self._gather = gather or (lambda value: [agree(value)])
         self._folder = CheckpointFolder(absolute(folder), Io())
         first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)}") or ""
@@ -142,7 +142,9 @@ class Checkpointer:
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
         memory = self._roster.look_around(at)
-        restored = restore_together(self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory)
+        restored = restore_together(
+            self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
+        )
         self._memory.restored()
         if at == "never":
             self._memory.forget()

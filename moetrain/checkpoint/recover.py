@@ -4,6 +4,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from moetrain.checkpoint.choose import (
     read_values,
 )
 from moetrain.checkpoint.fill import as_tensor, dtype_name, fill, tensor_of
+from moetrain.checkpoint.removed import removed
 from moetrain.checkpoint.source import DISK, Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
 from moetrain.model.state import ModelState
@@ -148,14 +150,16 @@ def agreed_choice(
 
 @collector_paused()
 def restore_together(
-    folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None, memory: Memory | None = None
-) -> tuple[Choice, LoadReport] | None:
+    folder: Path, at: str, state: ModelState, rank: int, world: int, gather: Gather, io: Io | None = None, memory: Memory | None = None,
+    keep: int = 1,
+) -> tuple[Choice, LoadReport] | None:  # fmt: skip
     """The same recovery point into the state of every rank; `folder`, `at` and errors as in `agreed_choice`, on every rank.
 
     Rank 0 chooses the newest, every rank checks every byte that it reads. What one of them finds damaged is passed over by all, which
     choose again, now at a glance on everything, and read again: after an error, and only then, the state is a mixture.
     `memory`: what lies in the memory of the nodes. An object there and its twin on disk have one name and two records: a finding is about
-    the record that was read, so that damage in memory leaves what is on disk to be tried.
+    the record that was read, so that damage in memory leaves what is on disk to be tried. `keep`: how many recovery points sweeps leave;
+    rank 0 warns of others that are gone.
     """
     memory = memory or Memory.empty()
     found: dict[ObjectRecord, str] = {}
@@ -167,6 +171,8 @@ def restore_together(
 
     def pick() -> str | None:
         choice = agreed_choice(folder, at, io, look, memory.points) if rank == 0 else None
+        if choice and not found:
+            _warn_of_removed(CheckpointFolder(choice.folder, io or Io()), keep)
         return choice and json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage, choice.is_in_memory])
 
     while (picked := together(pick, gather)[0]) is not None:
@@ -177,6 +183,12 @@ def restore_together(
             return choice, replace(describe(choice, state, world), read=read)
         found |= {choice.manifest.objects[name]: sentence for name, sentence in bad.items()}
     return None
+
+
+def _warn_of_removed(folder: CheckpointFolder, keep: int) -> None:
+    with suppress(OSError, CheckpointError):  # of a damaged manifest the choice tells
+        for sentence in removed(folder, keep):
+            logger("checkpoint").warning(sentence)
 
 
 def _read(choice: Choice, state: ModelState, world: int, io: Io, memory: Memory) -> list[dict]:
