@@ -7,6 +7,7 @@ from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import arena_folder
+from moetrain.checkpoint.complaint import in_a_sentence
 from moetrain.checkpoint.process import CALL_SECONDS, SocketLink
 from moetrain.checkpoint.serve import clear
 from moetrain.checkpoint.table import columns, size
@@ -28,13 +29,15 @@ def add_agent(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -> N
         sub = own.add_parser(verb, help=help, description=f"moetrain checkpoint agent {verb}: {help}.")
         sub.add_argument("folder", metavar="RUN", type=Path, help="run folder, or the checkpoint folder in it")
         sub.add_argument("--memory", metavar="DIR", default="", help="the run's checkpoint.agent.folder, if it has one")
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=in_a_sentence(run))
 
 
 def status(arguments: argparse.Namespace) -> int:
     folder = arena_folder(absolute(resolve(arguments.folder)), arguments.memory)
     try:
         link = SocketLink(folder)
+    except TimeoutError:
+        raise
     except OSError:
         print("This node has no agent for the run.")
         return 1
@@ -56,6 +59,8 @@ def stop(arguments: argparse.Namespace) -> int:
     folder = arena_folder(absolute(resolve(arguments.folder)), arguments.memory)
     try:
         SocketLink(folder).call({"op": "stop"}, CALL_SECONDS)
+    except TimeoutError:
+        raise
     except OSError:
         print("Removed what a killed agent left." if clear(folder) else "This node has no agent for the run.")
         return 0

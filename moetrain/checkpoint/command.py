@@ -2,20 +2,19 @@
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
+from moetrain.checkpoint.complaint import Run, in_a_sentence
 from moetrain.checkpoint.diff import Difference
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest
-from moetrain.store.objects import CheckpointFolder, resolve
+from moetrain.store.manifest import Group, Manifest, SaveId
+from moetrain.store.objects import CheckpointFolder, place_of, resolve
 
-Run = Callable[[argparse.Namespace], int]
 POINT = "a number as `list` shows them under seq, or the name of a pin"
 TAKE_OVER = "do it although a job may be writing there: such a job cannot commit any more and stops"
 
@@ -32,7 +31,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
     sub = _add(verbs, "show", show, "one recovery point: progress, age and Adam step of every expert")
     sub.add_argument("--seq", metavar="POINT", help=f"which recovery point (default: the newest): {POINT}")
     sub.add_argument("--png", metavar="FILE", type=Path, help="also draw the ages, layers by experts, into this file")
-    _add(verbs, "verify", verify, "read every object of every recovery point; exit status 1 when one is damaged")
+    _add(verbs, "verify", verify, "read every object of every recovery point; exit status 1 when one is damaged or missing")
     sub = _add(verbs, "diff", diff, "what changed from one recovery point to another: objects, experts, ages, tokens")
     sub.add_argument("a", metavar="A", help=f"the older one: {POINT}")
     sub.add_argument("b", metavar="B", help=f"the newer one: {POINT}")
@@ -51,7 +50,7 @@ def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]
 def _add(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]", verb: str, run: Run, help: str) -> argparse.ArgumentParser:
     sub = verbs.add_parser(verb, help=help, description=f"moetrain checkpoint {verb}: {help}.")
     sub.add_argument("folder", metavar="RUN", type=Path, help="run folder, or the checkpoint folder in it")
-    sub.set_defaults(run=run)
+    sub.set_defaults(run=in_a_sentence(run))
     return sub
 
 
@@ -70,7 +69,7 @@ def _add_convert(verbs: "argparse._SubParsersAction[argparse.ArgumentParser]") -
     sub.add_argument("--out", metavar="DIR", type=Path, required=True, help="tree, or new folder with --seq (--to); run folder (--from)")
     sub.add_argument("--seq", metavar="POINT", help=f"with --to, only this recovery point: {POINT}")
     sub.add_argument("--take-over", action="store_true", help=f"with --from, {TAKE_OVER}")
-    sub.set_defaults(run=convert)
+    sub.set_defaults(run=in_a_sentence(convert))
 
 
 def list_points(arguments: argparse.Namespace) -> int:
@@ -91,7 +90,7 @@ def list_points(arguments: argparse.Namespace) -> int:
         )
     if not pinned:
         rows = [row[:-1] for row in rows]
-    print("\n".join([*columns(rows), *damaged]))
+    print("\n".join([*columns(rows), *damaged, *_missing(folder).values()]))
     return 1 if damaged else 0
 
 
@@ -137,7 +136,9 @@ def draw(point: Manifest, file: Path) -> None:
             ages_LE[list(banks).index(bank), expert] = age
         maps[title] = ages_LE
     try:
-        expert_ages(f"seq {point.seq}, step {point.step}, {_kind(point)}, mode {point.mode}", tuple(banks), maps).savefig(file, dpi=130)
+        expert_ages(f"seq {point.seq}, step {point.step}, {_kind(point)}, mode {point.mode}", tuple(banks), maps).savefig(
+            file, dpi=130, format=file.suffix[1:] or "png"
+        )
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{file} cannot be drawn: {error}.", "Give --png a file name such as ages.png in a folder that exists."
@@ -147,7 +148,7 @@ def draw(point: Manifest, file: Path) -> None:
 def verify(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
     look = remembered(check_object)
-    failed = False
+    failed, missing = False, _missing(folder)
     for save in folder.saves():
         try:
             point = folder.manifest(save)
@@ -160,7 +161,34 @@ def verify(arguments: argparse.Namespace) -> int:
         name = f"seq {save.seq}" + (f", step {point.step}" if point else "")
         good = f"good, {len(point.objects)} objects, {size(point.total_bytes)}" if point else ""
         print("\n".join([f"{name}: {'DAMAGED' if bad else good}", *(f"  {sentence}" for sentence in bad)]))
-    return 1 if failed else 0
+    still = [sentence for save, sentence in missing.items() if folder.outcome(save) is None]  # else committed while the others were read
+    print("\n".join(still), end="\n" if still else "")
+    return 1 if failed or still else 0
+
+
+def _missing(folder: CheckpointFolder) -> dict[SaveId, str]:
+    """Recovery points that ought to be there, and why."""
+    kept = {save.seq for save in folder.saves()} - {save.seq for save in folder.pins().values()}
+    holes = (save for save in folder.gaps() if save.seq - 1 in kept)  # else it may have been swept: one further back was pinned for a time
+    gaps = {save: f"seq {save.seq}: MISSING, although seq {save.seq - 1} is there and a younger one was built on it" for save in holes}
+    newest = next((point for point in folder.history() if isinstance(point, Manifest)), None)
+    written = (save for save in folder.unfinished() if _is_written(folder, save, newest.world if newest else 1))
+    late = {
+        save: f"seq {save.seq}: MISSING, every rank wrote its part but there is no manifest (removed, or never begun)" for save in written
+    }
+    return gaps | late
+
+
+def _is_written(folder: CheckpointFolder, save: SaveId, world: int) -> bool:
+    """Whether every rank wrote its part, so that there should be a manifest; in an interrupted save something is half-made or absent."""
+    shares = folder.io.list(folder.path / "objects" / str(save))
+    if 0 not in folder.begun(save) or any(name.endswith(".part") for name in shares):  # rank 0 commits without a receipt
+        return False
+    try:
+        receipts = [folder.receipt(save, rank) for rank in range(1, world)]
+    except CheckpointError:
+        return True
+    return all(receipt is not None and not receipt["error"] for receipt in receipts)
 
 
 def diff(arguments: argparse.Namespace) -> int:
@@ -193,7 +221,12 @@ def prune(arguments: argparse.Namespace) -> int:
     folder.prune(arguments.keep, arguments.take_over or _is_done(folder))
     gone = [save for save in before if save not in folder.saves()]
     print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
-    return 0
+    damaged = [point.message for point in folder.history() if isinstance(point, CheckpointError)]
+    if damaged:
+        print(
+            "\n".join(["No object was removed: what these recovery points need is not known. Unpin them, or remove the files.", *damaged])
+        )
+    return 1 if damaged else 0
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -236,7 +269,7 @@ def from_dcp(source: Path, run: Path, take_over: bool) -> int:
     try:
         folder = _open(run)
     except CheckpointError:
-        folder = CheckpointFolder(run / "checkpoint", Io())
+        folder = CheckpointFolder(place_of(run), Io())
     checkpoint = DcpFolder(source)
     if not (take_over or _is_done(folder)):
         folder.check_free()

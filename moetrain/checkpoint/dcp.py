@@ -183,7 +183,8 @@ class Tree:
         """Those of the files that published checkpoints refer to, paths as seen from `target`. Others may be torn and are written again."""
         known: dict[Path, Written] = defaultdict(dict)
         missing = {file for file in files if file.is_file()}
-        steps = sorted((int(path.parent.name.removeprefix("step-")) for path in self.path.glob(f"step-*/{METADATA}")), reverse=True)
+        names = (path.parent.name.removeprefix("step-") for path in self.path.glob(f"step-*/{METADATA}"))
+        steps = sorted((int(name) for name in names if name.isdecimal()), reverse=True)  # somebody may keep a copy, step-7.bak
         for step in steps:  # the newest refer to almost all of them
             if not missing:
                 break

@@ -288,7 +288,10 @@ PLACE = "checkpoint"  # in a run folder: the checkpoint folder, or a file of one
 def place_of(run: Path) -> Path:
     """Where the checkpoints of a run lie, whether there are any or not."""
     place = run / PLACE
-    return Path(place.read_text().strip()) if place.is_file() else place
+    try:
+        return Path(place.read_text(encoding="utf-8").strip()) if place.is_file() else place
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{place} does not say where the checkpoints lie: it is no text.", "Write the path into it.") from error
 
 
 def resolve(path: Path) -> Path:

@@ -41,9 +41,13 @@ class Pins:
             self._backend.create(path, seal(b"{}"))
         except OSError as error:
             raise CheckpointError(f"{path} cannot be written: {error.strerror}.") from error
-        if save in self._going() or not self._backend.exists(manifest):
-            self._backend.remove(path)
-            self._backend.settle(self._folder)
+        try:
+            is_granted = save not in self._going() and self._backend.exists(manifest)
+        except (OSError, CheckpointError):
+            self._take_back(path)
+            raise
+        if not is_granted:
+            self._take_back(path)
             raise CheckpointError(f"seq {save.seq} is just being removed.", "Pin another one; `moetrain checkpoint list` shows them.")
 
     def remove(self, name: str) -> None:
@@ -52,6 +56,10 @@ class Pins:
             raise CheckpointError(f"There is no pin {name}.", f"Pins: {', '.join(self.all()) or 'none'}.")
         for save in found:
             self._backend.remove(self._folder / f"{name}@{save}")
+        self._backend.settle(self._folder)
+
+    def _take_back(self, path: Path) -> None:
+        self._backend.remove(path)
         self._backend.settle(self._folder)
 
     def _list(self) -> list[tuple[str, SaveId]]:

@@ -255,6 +255,86 @@ def test_a_folder_without_checkpoint_is_one_sentence(tmp_path):
     assert text.startswith(f"There is no checkpoint in {tmp_path}.")
 
 
+def test_verify_and_list_say_which_manifest_is_missing(run_folder, said):
+    newest, middle, _ = points(run_folder)
+    file = run_folder / "checkpoint" / "manifests" / f"{newest.save}.json"
+    content = file.read_bytes()
+    file.unlink()
+    status, text = said("verify", run_folder)
+    assert (status, "seq 3: MISSING, every rank wrote" in text, text.count("good")) == (1, True, 2)
+    assert "seq 3: MISSING" in said("list", run_folder)[1]
+    file.with_name(f"{middle.save}.json").unlink()
+    file.write_bytes(content)
+    status, text = said("verify", run_folder)
+    assert (status, "seq 2: MISSING, although seq 1 is there" in text) == (1, True)
+
+
+def test_verify_takes_no_interrupted_save_for_a_missing_one(run_folder, said):
+    newest = points(run_folder)[0]
+    (run_folder / "checkpoint" / "manifests" / f"{newest.save}.json").unlink()
+    (run_folder / "checkpoint" / "receipts" / str(newest.save) / "00001.json").unlink()
+    assert said("verify", run_folder)[0] == 0
+
+
+def test_verify_misses_nothing_that_was_swept_beside_a_pin(run_folder, said):
+    job = Job(run_folder / "checkpoint", 2, 2)
+    job.load()
+    said("pin", run_folder, "first", "--seq", 1)
+    job.save(40)
+    said("prune", run_folder, "--keep", 1, "--take-over")
+    said("unpin", run_folder, "first")
+    assert [point.seq for point in points(run_folder)] == [4, 1]
+    assert said("verify", run_folder)[0] == 0
+
+
+def test_prune_names_the_damaged_recovery_point_for_which_nothing_is_removed(run_folder, said):
+    said("pin", run_folder, "best", "--seq", 2)
+    file = run_folder / "checkpoint" / "manifests" / f"{points(run_folder)[1].save}.json"
+    file.write_text("")
+    status, text = said("prune", run_folder, "--keep", 1, "--take-over")
+    assert (status, "No object was removed" in text, str(file) in text) == (1, True, True)
+
+
+@pytest.mark.parametrize("place", ["x" * 300, "no text"])
+def test_what_cannot_be_read_is_a_sentence(tmp_path, said, place):
+    (tmp_path / "no text").mkdir()
+    (tmp_path / "no text" / "checkpoint").write_bytes(b"\xff\xfe")
+    status, text = said("list", tmp_path / place)
+    assert (status, str(tmp_path / place) in text) == (2, True)
+    assert said("agent", "status", tmp_path / place)[0] == 2
+
+
+def test_convert_says_in_a_sentence_what_it_cannot_write(run_folder, tmp_path, said):
+    (tmp_path / "file").touch()
+    for more in ([], ["--seq", 2]):
+        status, text = said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "file" / "tree", *more)
+        assert (status, "cannot be used: Not a directory" in text) == (2, True)
+
+
+def test_convert_passes_by_copies_in_a_tree_and_fills_a_place_that_is_empty(run_folder, tmp_path, said):
+    tree = tmp_path / "tree"
+    assert said("convert", run_folder, "--to", "dcp", "--out", tree)[0] == 0
+    shutil.copytree(tree / "step-30", tree / "step-30.bak")
+    shutil.rmtree(tree / "step-30")
+    assert said("convert", run_folder, "--to", "dcp", "--out", tree)[0] == 0
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "checkpoint").write_text(f"{tmp_path / 'elsewhere'}\n")
+    assert said("convert", tree / "step-30", "--from", "dcp", "--out", tmp_path / "far")[0] == 0
+    assert (tmp_path / "elsewhere" / "manifests").is_dir()
+
+
+def test_a_map_gets_the_name_that_was_asked_for(run_folder, tmp_path, said):
+    assert said("show", run_folder, "--png", tmp_path / "ages")[0] == 0
+    assert (tmp_path / "ages").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_pin_that_is_refused_leaves_nothing(run_folder, said):
+    (run_folder / "checkpoint" / "gc").mkdir(exist_ok=True)
+    (run_folder / "checkpoint" / "gc" / "000001-00000003.manifests.json").write_bytes(b"junk\n")
+    assert said("pin", run_folder, "best")[0] == 2
+    assert CheckpointFolder(run_folder / "checkpoint", Io()).pins() == {}
+
+
 def test_tables_align_and_leave_gaps():
     assert expert_table({("a", 0): 5, ("a", 1): 100, ("b", 1): 7}) == ["expert  0    1", "a       5  100", "b       -    7"]
     assert columns([["x", "y"], ["long", "1"]]) == ["x     y", "long  1"]
