@@ -4,6 +4,7 @@ import errno
 import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from math import inf
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,12 @@ class SmallDisk(Io):
 
     @property
     def free(self) -> int:
-        return self.size_bytes - sum(path.stat().st_size for path in self._folder.rglob(f"{self._rank:05d}*/**/*") if path.is_file())
+        taken = 0
+        for folder, _, names in os.walk(self._folder):  # other ranks rename and remove theirs meanwhile
+            if f"/{self._rank:05d}-" in folder:
+                with suppress(FileNotFoundError):
+                    taken += sum(os.stat(f"{folder}/{name}").st_size for name in names)
+        return self.size_bytes - taken
 
     def write_new(self, path: Path, buffers: Sequence[Buffer]) -> int:
         free = self.free
