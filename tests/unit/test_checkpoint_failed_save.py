@@ -252,16 +252,17 @@ def test_a_save_that_fills_the_disk_gives_the_room_back(tmp_path, monkeypatch, f
     job.save(1, full=True)
     job.save(2)
     monkeypatch.setattr("moetrain.store.backend.WRITERS", 1)  # none fills up what another one has just freed
-    before = {path for path in tmp_path.glob("objects/*/*")}
+    before = set(tmp_path.glob(f"objects/*/{full_rank:05d}-*"))
     disk = SmallDisk(tmp_path, full_rank, manifests(tmp_path)[0].total_bytes // 4)
     job.nodes[full_rank].io = disk
     lost = job.save(3, full=True)
     assert not any(pending.committed for pending in lost)
     assert "No space left" in lost[full_rank].reason
     assert CheckpointFolder(tmp_path, Io()).outcome(lost[0].save) is False
-    assert {path for path in tmp_path.glob("objects/*/*")} == before
+    assert set(tmp_path.glob(f"objects/*/{full_rank:05d}-*")) == before  # another rank may have come with its share afterwards
     disk.size_bytes += 1 << 20
     assert all(pending.committed for pending in job.save(4))
+    assert not list(tmp_path.glob(f"objects/{lost[0].save}/*"))
 
 
 def test_rank_0_takes_its_agents_word_when_not_even_that_can_be_written(tmp_path):
