@@ -4,8 +4,8 @@
     python -m tools.quote_figures --check    writes nothing; exit status 1 when a figure is not what its file says
 
 A row names its file and key as `benchmarks/FILE.json` `key.inner:format`: a Python format, or `len` for the length of a list. A key that
-holds `median`, `low` and `high` is written with its interval. Without the file the value reads "see FILE". True and false are written yes
-and no.
+holds `median` or `mean`, `low` and `high` is written with its interval. Without the file the value reads "see FILE". True and false are
+written yes and no.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/overlap.md")
+PAGES = ("README.md", "docs/overlap.md", "docs/scmoe.md")
 ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([^`:]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
 
 
@@ -29,8 +29,9 @@ def figure(root: Path, file: str, key: str, style: str | None) -> str:
     if style == "len":
         return str(len(value))
     if isinstance(value, dict):
-        median, low, high = (format(value[name], style or "") for name in ("median", "low", "high"))
-        return f"{median} ({low} to {high})"
+        middle = "median" if "median" in value else "mean"
+        middle, low, high = (format(value[name], style or "") for name in (middle, "low", "high"))
+        return f"{middle} ({low} to {high})"
     if isinstance(value, bool):
         return "yes" if value else "no"
     return format(value, style or "")
