@@ -14,10 +14,10 @@ from tests.e2e.jobs import records, small_run, train_forked
 def test_exchanges_are_accounted_for_and_drawn(corpora: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     comm = ["profile=comm", "profile.start_step=2", "profile.num_steps=2"]
-    said = train_forked(2, small_run(corpora[0], run, 8, *comm), tmp_path / "log")
+    said = train_forked(2, small_run(corpora[0], run, 10, *comm), tmp_path / "log")
     assert "of exchanges are hidden" in said and "Measured 2 blocks (mlp, attention, shared)" in said
     waited = [record["perf/exchange_wait_seconds"] for record in records(run) if "train/loss" in record]
-    assert len(waited) == 8 and all(isinstance(its, float) and its >= 0 for its in waited)
+    assert len(waited) == 10 and all(isinstance(its, float) and its >= 0 for its in waited)
     for rank in (0, 1):
         facts = json.loads((run / "trace" / f"comm-rank{rank}.json").read_text())
         rows = {one["name"]: one for one in facts["exchanges"]}
