@@ -65,6 +65,10 @@ def distance(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((mine[name] - theirs[name]).norm() / theirs[name].norm()) for name in theirs)
 
 
+def one_vector(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"all": torch.cat([gradient.flatten() for gradient in gradients.values()])}
+
+
 def same_bits(mine: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> bool:
     return torch.equal(mine[0], theirs[0]) and all(torch.equal(mine[1][name], theirs[1][name]) for name in theirs[1])
 
@@ -107,16 +111,20 @@ def test_every_slot_computes_the_same_bits(name: str, num_chunks: int) -> None:
     assert all(same_bits(other, first) for other in others)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 @pytest.mark.parametrize("name", KINDS)
-def test_chunks_change_rounding_only(name: str, dtype: torch.dtype, limit: float) -> None:
-    model = build(CASES[name]).to(dtype)
+def test_chunks_change_rounding_only(name: str) -> None:
+    """In float32 a tensor's gradient differs from that of one chunk by what either differs from float64: up to 1.5e-6, by processor."""
+    exact, model = build(CASES[name]), build(CASES[name]).float()
     last = len(routed_blocks(model)[0].operators) + 1
-    whole = computed(model, Schedule((last,)))
+    whole, whole_32 = computed(exact, Schedule((last,))), computed(model, Schedule((last,)))
     for num_chunks in (2, 4, 7):
+        logits, mine = computed(exact, Schedule((last,) * num_chunks))
+        assert float((logits - whole[0]).norm() / whole[0].norm()) < 1e-12
+        assert distance(mine, whole[1]) < 1e-12
         logits, mine = computed(model, Schedule((last,) * num_chunks))
-        assert float((logits - whole[0]).norm() / whole[0].norm()) < limit
-        assert distance(mine, whole[1]) < limit
+        assert float((logits - whole_32[0]).norm() / whole_32[0].norm()) < 1e-6
+        assert distance(one_vector(mine), one_vector(whole_32[1])) < 1e-6
+        assert distance(mine, whole[1]) < 2 * distance(whole_32[1], whole[1])
 
 
 @pytest.mark.parametrize("name", KINDS)
