@@ -10,9 +10,10 @@ from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.complaint import Run, in_a_sentence
 from moetrain.checkpoint.diff import Difference
+from moetrain.checkpoint.removed import missing
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest, SaveId
+from moetrain.store.manifest import Group, Manifest
 from moetrain.store.objects import CheckpointFolder, place_of, resolve
 
 POINT = "a number as `list` shows them under seq, or the name of a pin"
@@ -90,7 +91,7 @@ def list_points(arguments: argparse.Namespace) -> int:
         )
     if not pinned:
         rows = [row[:-1] for row in rows]
-    print("\n".join([*columns(rows), *damaged, *_missing(folder).values()]))
+    print("\n".join([*columns(rows), *damaged, *missing(folder).values()]))
     return 1 if damaged else 0
 
 
@@ -148,7 +149,7 @@ def draw(point: Manifest, file: Path) -> None:
 def verify(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
     look = remembered(check_object)
-    failed, missing = False, _missing(folder)
+    failed, absent = False, missing(folder)
     for save in folder.saves():
         try:
             point = folder.manifest(save)
@@ -161,34 +162,9 @@ def verify(arguments: argparse.Namespace) -> int:
         name = f"seq {save.seq}" + (f", step {point.step}" if point else "")
         good = f"good, {len(point.objects)} objects, {size(point.total_bytes)}" if point else ""
         print("\n".join([f"{name}: {'DAMAGED' if bad else good}", *(f"  {sentence}" for sentence in bad)]))
-    still = [sentence for save, sentence in missing.items() if folder.outcome(save) is None]  # else committed while the others were read
+    still = [sentence for save, sentence in absent.items() if folder.outcome(save) is None]  # else committed while the others were read
     print("\n".join(still), end="\n" if still else "")
     return 1 if failed or still else 0
-
-
-def _missing(folder: CheckpointFolder) -> dict[SaveId, str]:
-    """Recovery points that ought to be there, and why."""
-    kept = {save.seq for save in folder.saves()} - {save.seq for save in folder.pins().values()}
-    holes = (save for save in folder.gaps() if save.seq - 1 in kept)  # else it may have been swept: one further back was pinned for a time
-    gaps = {save: f"seq {save.seq}: MISSING, although seq {save.seq - 1} is there and a younger one was built on it" for save in holes}
-    newest = next((point for point in folder.history() if isinstance(point, Manifest)), None)
-    written = (save for save in folder.unfinished() if _is_written(folder, save, newest.world if newest else 1))
-    late = {
-        save: f"seq {save.seq}: MISSING, every rank wrote its part but there is no manifest (removed, or never begun)" for save in written
-    }
-    return gaps | late
-
-
-def _is_written(folder: CheckpointFolder, save: SaveId, world: int) -> bool:
-    """Whether every rank wrote its part, so that there should be a manifest; in an interrupted save something is half-made or absent."""
-    shares = folder.io.list(folder.path / "objects" / str(save))
-    if 0 not in folder.begun(save) or any(name.endswith(".part") for name in shares):  # rank 0 commits without a receipt
-        return False
-    try:
-        receipts = [folder.receipt(save, rank) for rank in range(1, world)]
-    except CheckpointError:
-        return True
-    return all(receipt is not None and not receipt["error"] for receipt in receipts)
 
 
 def diff(arguments: argparse.Namespace) -> int:
@@ -218,14 +194,12 @@ def prune(arguments: argparse.Namespace) -> int:
         )
     folder = _open(arguments.folder)
     before = folder.saves()
-    folder.prune(arguments.keep, arguments.take_over or _is_done(folder))
+    damaged = folder.prune(arguments.keep, arguments.take_over or _is_done(folder))
     gone = [save for save in before if save not in folder.saves()]
     print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
-    damaged = [point.message for point in folder.history() if isinstance(point, CheckpointError)]
     if damaged:
-        print(
-            "\n".join(["No object was removed: what these recovery points need is not known. Unpin them, or remove the files.", *damaged])
-        )
+        blocked = "No object was removed: what these recovery points need is not known. Unpin them, or remove the files."
+        print("\n".join([blocked, *damaged]))
     return 1 if damaged else 0
 
 

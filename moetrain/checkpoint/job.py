@@ -102,6 +102,7 @@ class Reply:
     num_bytes: int = 0  # new bytes: of the whole save when committed, else of this rank
     seconds: float = 0.0
     oldest_expert_steps: int = 0
+    swept: str = ""  # why a sweep left behind what is not needed
 
     def to_json(self) -> dict:
         return asdict(self)

@@ -34,6 +34,7 @@ class PersistLane:
         self._course, self._turns, self._standing = course, turns, standing
         self._places = BoundedSemaphore(2)  # rank 0: of a save that is being persisted, and of one that waits for it
         self._lane = Lane("checkpoint-persist")
+        self._hindrance = ""  # of the last sweep
 
     def take_place(self) -> bool:
         """Rank 0: whether there was one; it is free again when the save has ended. Never waits."""
@@ -93,9 +94,16 @@ class PersistLane:
         pending.committed = bool(outcome)
         if pending.committed:
             self._standing.committed(job.save.seq, job.step, reply, self._figures(job, ledger))
+            self._tell_of_sweep(reply.swept)
             return
         reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
         self._fail(pending, reason, warn=self._rank == 0 or bool(reply.reason))
+
+    def _tell_of_sweep(self, hindrance: str) -> None:
+        """Once, as long as it stays the same: the folder grows meanwhile."""
+        if hindrance and hindrance != self._hindrance:
+            logger("checkpoint").warning(hindrance)
+        self._hindrance = hindrance
 
     def _figures(self, job: SaveJob, saved: dict) -> Figures:
         ledger = Ledger.of_json(saved, {})

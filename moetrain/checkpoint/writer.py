@@ -166,8 +166,7 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
             manifest = commit(job, receipts, folder, clock)
             gate.committed(job.save)
             seconds = clock.monotonic() - started
-            with suppress(OSError, CheckpointError):  # a sweep that fails only leaves more behind
-                folder.sweep(job.keep, job.save)
+            swept = _sweep(job, folder)
     except Superseded as error:
         return Reply("superseded", str(error), num_bytes, clock.monotonic() - started)
     except (OSError, CheckpointError) as error:
@@ -175,7 +174,21 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
             folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))
         return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
     oldest = max(manifest.ages().values(), default=0)
-    return Reply("committed", "", manifest.new_bytes, seconds, oldest)
+    return Reply("committed", "", manifest.new_bytes, seconds, oldest, swept)
+
+
+def _sweep(job: SaveJob, folder: CheckpointFolder) -> str:
+    """Returns what hindered it: that only leaves more behind."""
+    try:
+        damaged = folder.sweep(job.keep, job.save)
+    except OSError as error:
+        where = Path(error.filename).parent if error.filename else job.folder  # of each file it would be another sentence every time
+        return f"What no recovery point needs cannot be removed from {where}: {error.strerror}."
+    except CheckpointError as error:
+        return f"What no recovery point needs is not removed: {error.message}"
+    if not damaged:
+        return ""
+    return f"No object is removed until these recovery points are unpinned or gone, since what they need is not known: {' '.join(damaged)}"
 
 
 def _attempt(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:

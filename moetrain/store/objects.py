@@ -237,24 +237,26 @@ class CheckpointFolder:
         """Name -> the recovery point it keeps."""
         return self._pins.all()
 
-    def sweep(self, keep: int, current: SaveId) -> None:
+    def sweep(self, keep: int, current: SaveId) -> list[str]:
         """Removes all but the newest `keep` recovery points and the pinned ones, then what none of them needs.
 
         Manifests go first and are gone for good before any object does: a crash leaks, it never loses. What a save newer than
-        `current` or another job wrote is left alone. Raises Superseded; does nothing about objects while a manifest is unreadable.
+        `current` or another job wrote is left alone. Does nothing about objects while a manifest is unreadable: returns what is wrong
+        with each of these. Raises Superseded.
         """
         self.check_claim(current.epoch)
-        if current in self.saves():  # else the list is late: a later sweep knows more
-            Sweep(self, self.path, self.io, current).run(keep)
+        if current not in self.saves():  # the list is late: a later sweep knows more
+            return []
+        return Sweep(self, self.path, self.io, current).run(keep)
 
-    def prune(self, keep: int, take_over: bool = False) -> None:
-        """A sweep by hand, for a folder that no job uses: it is claimed first, so that a job that does use it stops.
+    def prune(self, keep: int, take_over: bool = False) -> list[str]:
+        """A sweep by hand, for a folder that no job uses: it is claimed first, so that a job that does use it stops. Returns as `sweep`.
 
         Raises CheckpointError, unless `take_over`, when such a job is alive or may be.
         """
         if not take_over:
             self.check_free()
-        Sweep(self, self.path, self.io, self.claim(time.time())).run(keep)
+        return Sweep(self, self.path, self.io, self.claim(time.time())).run(keep)
 
     def check_free(self) -> None:
         """For a command that will claim the folder. Raises CheckpointError when a job that writes here is alive or may be."""

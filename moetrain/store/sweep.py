@@ -47,8 +47,10 @@ class Sweep:
         self._journals, self._manifests = root / "gc", root / "manifests"
         self._pins = Pins(root / "pins", self._journals, backend)
         self._needs: dict[SaveId, Needs] = {}  # a manifest never changes, and a large one takes a second to read
+        self._damage: dict[SaveId, str] = {}
 
-    def run(self, keep: int) -> None:
+    def run(self, keep: int) -> list[str]:
+        """Returns what is wrong with recovery points because of which no object could go: nobody knows what they need."""
         self._finish_earlier()
         self._drop_manifests(keep)
         live = self._live()
@@ -62,6 +64,7 @@ class Sweep:
         intent = self._journals / f"{self._current}{INTENT}"
         if self._backend.exists(intent):
             self._backend.remove(intent)
+        return list(self._damage.values())
 
     def _say(self, kind: str, content: dict[str, list[str]]) -> Path:
         path = self._journals / f"{self._current}{kind}"
@@ -96,12 +99,13 @@ class Sweep:
     def _live(self) -> set[str] | None:
         """Every object that a recovery point names; None while that cannot be known."""
         live, parents, listed = set[str](), set[SaveId](), self._points.saves()
+        self._damage.clear()  # of those that have just gone
         for save in listed:
-            needs = self._needs_of(save)
-            if needs is None:
-                return None
-            live |= needs.objects
-            parents |= {needs.parent} if needs.parent else set()
+            if (needs := self._needs_of(save)) is not None:
+                live |= needs.objects
+                parents |= {needs.parent} if needs.parent else set()
+        if self._damage:
+            return None
         if any(self._backend.exists(self._manifests / f"{parent}.json") for parent in parents.difference(listed)):  # the list is late
             return None
         return live
@@ -111,7 +115,8 @@ class Sweep:
         if save not in self._needs:
             try:
                 point = self._points.manifest(save)
-            except CheckpointError:
+            except CheckpointError as error:
+                self._damage[save] = error.message
                 return None
             self._needs[save] = Needs(point.parent, frozenset(point.objects))
         return self._needs[save]

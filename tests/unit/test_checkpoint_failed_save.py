@@ -1,6 +1,7 @@
 """What a save that fails costs: it is given up with a reason, training goes on, older checkpoints stay."""
 
 import errno
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -39,6 +40,30 @@ def test_missing_receipt_abandons_this_save_and_the_next_takes_the_same_experts(
         job.save(4)
         job.ranks[0].finish()
     assert "step 3" in caught.value.hint
+
+
+@pytest.mark.parametrize("trouble", ["damaged pin", "refused removal"])
+def test_a_sweep_that_cannot_remove_objects_is_told_once(tmp_path, caplog, trouble):
+    job = Job(tmp_path, 1, 1, keep=1)
+    job.save(1)
+    folder = CheckpointFolder(tmp_path, Io())
+    if trouble == "damaged pin":
+        folder.pin("best", folder.saves()[0])
+        job.save(2)
+        (broken := tmp_path / "manifests" / f"{folder.saves()[-1]}.json").write_text("")
+    else:
+        broken = tmp_path / "manifests"
+
+        def refuse(name: str, path: Path) -> None:
+            if name == "unlink" and path.parent == broken:
+                raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+        job.nodes[0].io = Io(refuse)
+    with caplog.at_level(logging.WARNING):
+        assert all(job.save(step)[0].committed for step in (3, 4, 5))
+    said = [record.getMessage() for record in caplog.records if "remove" in record.getMessage()]
+    assert len(said) == 1
+    assert str(broken) in said[0]
 
 
 FAILURES = {"mkdir": errno.ENOSPC, "write": errno.ENOSPC, "fsync": errno.EIO, "rename": errno.EIO, "link": errno.ENOSPC}

@@ -145,7 +145,8 @@ def test_sweep_touches_no_object_while_a_kept_manifest_is_unreadable(folder):
     names = {committed(folder, SaveId(1, seq)) for seq in (1, 2, 3)}
     newest = folder.path / "manifests" / f"{SaveId(1, 3)}.json"
     newest.write_bytes(newest.read_bytes()[:-3])
-    folder.sweep(1, SaveId(1, 3))
+    (damage,) = folder.sweep(1, SaveId(1, 3))
+    assert str(newest) in damage
     assert folder.saves() == [SaveId(1, 3), SaveId(1, 2)]
     assert objects(folder) == names
 
