@@ -1,7 +1,8 @@
 """How ranks agree about a save without a collective: rank 0 says on the board what each save is, everyone says how it went. No torch.
 
-Three texts under fixed keys, each replaced by the next save's: what rank 0 decided, and of every rank the newest save that it has READY and
-the newest that it left out. A board that is lost means that nobody hears a decision, so nothing is copied and nothing is given away.
+Texts under fixed keys, each replaced by the next save's: what rank 0 decided, and of every rank the newest save that it has READY, the
+newest that it left out, and the newest for which it had no room. A board that is lost means that nobody hears a decision, so nothing is
+copied and nothing is given away.
 """
 
 import json
@@ -22,6 +23,7 @@ class Decision:
     save: SaveId
     skip: str = ""
     keep: SaveId | None = None  # the newest save that all ranks have in memory
+    alone: bool = False  # the copy takes the place of all before it
     persists: bool = True
     index: int = 0
     selection: Selection | None = None  # experts that go to the store
@@ -45,18 +47,19 @@ class Accord:
         """`prefix`: of its keys, of this checkpointer alone."""
         self._board, self._rank, self._world, self._clock = board, rank, world, clock
         self._prefix = prefix
-        self._said = {"ready": SaveId(0, 0), "left_out": SaveId(0, 0)}
+        self._said = {"ready": SaveId(0, 0), "left_out": SaveId(0, 0), "no_room": SaveId(0, 0)}
 
     def ready(self, save: SaveId) -> None:
         """This rank's part of the save lies in memory, at the partner too."""
         self._say("ready", save)
 
-    def leave_out(self, save: SaveId) -> None:
-        """This rank's part will never be in memory."""
-        self._say("left_out", save)
+    def leave_out(self, save: SaveId, no_room: bool = False) -> None:
+        """This rank's part will never be in memory. `no_room`: because it fits nowhere beside what is there."""
+        self._say("left_out", save, *(["no_room"] if no_room else []))
 
-    def _say(self, word: str, save: SaveId) -> None:
-        self._said[word] = max(self._said[word], save)
+    def _say(self, word: str, save: SaveId, *more: str) -> None:
+        for one in (word, *more):
+            self._said[one] = max(self._said[one], save)
         self._board.post(f"{self._prefix}/{self._rank}", json.dumps(self._said))
 
     def decide(self, decision: Decision) -> None:
@@ -75,6 +78,11 @@ class Accord:
                 return None
             self._clock.sleep(pause)
             pause = min(2 * pause, LONGEST_POLL_SECONDS)
+
+    def lacked_room(self, save: SaveId) -> bool:
+        """Rank 0: whether a rank left this save out for want of room."""
+        said = self._board.read([f"{self._prefix}/{rank}" for rank in range(self._world)])
+        return any(SaveId(*json.loads(text)["no_room"]) == save for text in said.values())
 
     def is_complete(self, save: SaveId, patience_seconds: float) -> bool | None:
         """Rank 0: whether every rank has this save READY. False: one of them never will; None: not known within the patience."""

@@ -62,7 +62,7 @@ class Agent:
         self._take_over()
         self.for_agents = {"list": self._list, "read": self._read, "put": self._put, "copied": self._copied, "keep": self._keep}
         self.for_ranks = {
-            "join": self._join, "list": self._list, "restored": self._restored, "forget": self._forget, "partner": self._set_partner,
+            "join": self._join, "list": self._list, "restored": self._restored, "partner": self._set_partner,
             "reserve": self._reserve, "filled": self._filled, "replicated": self._replicated, "persist": self._persist,
             "leave": self._leave, "status": self._status, "stop": self._stop,
         }  # fmt: skip
@@ -113,19 +113,37 @@ class Agent:
         return {}, b""
 
     def _reserve(self, session: Session, request: dict, raw: memoryview) -> Answer:
-        """Slots for one rank's part of a save. `keep`: the newest save that every rank has complete in memory."""
+        """Slots for one rank's part of a save; the rest of the request is `process.Needs`."""
         save, keep = SaveId(*request["save"]), request["keep"] and SaveId(*request["keep"])
         with self._lock:
             self._check_epoch(save.epoch)
-            self._drop(request["rank"], keep, save)
+            self._forget_jobs(request["rank"], {SaveId(*one) for one in request["writing"]})
+            self._drop(request["rank"], keep, save, request["alone"])
             if self._partner is not None:
-                self._partner.keep(request["rank"], keep, save)
+                self._partner.keep(request["rank"], keep, save, request["alone"])
             try:
-                slots = self.arena.reserve(request["sizes"])
+                slots = self._reserved(request["sizes"])
             except NoRoom as error:
-                return {"full": error.message, "hint": error.hint}, b""
+                return {"full": error.message, "hint": error.hint, "is_passing": error.is_passing}, b""
             session.filling |= {slot.path: slot for slot in slots}
         return {"slots": [slot.path for slot in slots]}, b""
+
+    def _reserved(self, sizes: list[int]) -> list[Slot]:
+        """What other nodes keep here makes room for what this one needs, the oldest first. Raises NoRoom."""
+        copies = sorted(key for key, one in self.generations.items() if one.is_copy)
+        while True:
+            try:
+                return self.arena.reserve(sizes)
+            except NoRoom:
+                if not copies:
+                    raise
+                self._remove(copies.pop(0))
+
+    def _forget_jobs(self, rank: int, writing: set[SaveId]) -> None:
+        """Lets go of what would have been written for saves that their rank has given up."""
+        for key in [key for key in self._jobs if key[1] == rank and key[0] not in writing]:
+            _, slots = self._jobs.pop(key)
+            self.arena.release(slots, State.PERSISTING)
 
     def _filled(self, session: Session, request: dict, raw: memoryview) -> Answer:
         """Takes the checksums of a copy that is complete, before anything else happens to it, and makes it READY."""
@@ -195,16 +213,17 @@ class Agent:
         return self._identity() | {"generations": found}, b""
 
     def _restored(self, session: Session, request: dict, raw: memoryview) -> Answer:
-        with self._lock:
-            self.arena.release(session.reading, State.RECOVERY)
-            session.reading = []
-        return {}, b""
-
-    def _forget(self, session: Session, request: dict, raw: memoryview) -> Answer:
-        """The run starts anew: nothing in memory belongs to it."""
+        """All ranks have read what they go on from, and `keep` (None: nothing in memory) is it. Other saves of earlier starts belong to
+        a course that the run has left."""
+        keep = request["keep"] and SaveId(*request["keep"])
         with self._lock:
             self._check_epoch(request["epoch"])
-            for key in [key for key in self.generations if key[0].epoch < request["epoch"]]:
+            self.arena.release(session.reading, State.RECOVERY)
+            session.reading = []
+            if keep is not None:
+                for key, names in needed(self.generations.values(), keep).items():
+                    self._trim(key, names)
+            for key in [key for key in self.generations if key[0].epoch < request["epoch"] and (keep is None or key[0] > keep)]:
                 self._remove(key)
         return {}, b""
 
@@ -238,7 +257,7 @@ class Agent:
 
     def _keep(self, session: Session, request: dict, raw: memoryview) -> Answer:
         with self._lock:
-            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), SaveId(*request["save"]))
+            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), SaveId(*request["save"]), request["alone"])
         return {}, b""
 
     # anybody of this user
@@ -273,9 +292,12 @@ class Agent:
                 self.arena.release(slots, State.PERSISTING)
             self._epoch, self.left, self._jobs = epoch, {}, {}
 
-    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId) -> None:
-        """Frees what no recovery needs once `keep` is complete everywhere. A rank's parts between `keep` and the save that is coming will
-        never be complete; without a `keep` that holds for all that its job made."""
+    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId, alone: bool) -> None:
+        """Frees what no recovery needs once `keep` is complete everywhere, or where the save that is coming is to lie `alone`. A rank's
+        parts between `keep` and that save will never be complete; without a `keep` that holds for all that its job made."""
+        if alone:
+            for key in [key for key in self.generations if key[0] < coming]:
+                self._remove(key)
         if keep is not None:
             for key, names in needed(self.generations.values(), keep).items():
                 self._trim(key, names)

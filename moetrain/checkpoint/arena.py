@@ -54,9 +54,9 @@ def own_folder(path: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written there; 0 when there is no such folder. What lies on shared memory must fit the machine's too."""
-    if not folder.is_dir():
-        return 0
+    """Bytes that can still be written there, once the folder is made. What lies on shared memory must fit the machine's too."""
+    while not folder.exists():
+        folder = folder.parent
     found = os.statvfs(folder)
     room = found.f_bavail * found.f_frsize
     return min(room, available_memory()) if folder.is_relative_to(SHARED_MEMORY) else room
@@ -69,13 +69,19 @@ def available_memory() -> int:
     return max(0, found["MemAvailable"] - found["MemTotal"] // 20)
 
 
-def possible_bytes(arena: Path, free: Callable[[Path], int] = free_bytes) -> int:
-    """What an arena could hold in all: what it holds, and what is free where its slots may lie (on one of the two, not on both)."""
+def spare_folders(arena: Path, folder: str = "") -> list[Path]:
+    """Where slots lie that find no room in the arena's own folder. `folder`: as in `arena_folder`; who chose one wants no other."""
+    spare = Path(tempfile.gettempdir()) / arena.name
+    return [] if folder or spare == arena else [spare]
+
+
+def possible_bytes(folders: Iterable[Path], free: Callable[[Path], int] = free_bytes) -> int:
+    """What an arena could hold in all: what it holds, and what is free where its slots may lie (in one of `folders`, not in all)."""
     found = [0]
-    for base in {arena.parent, Path(tempfile.gettempdir())}:
-        slots = base / arena.name / SLOTS
+    for folder in folders:
+        slots = folder / SLOTS
         used = sum(path.stat().st_size for path in slots.iterdir()) if slots.is_dir() else 0
-        found.append(used + free(base))
+        found.append(used + free(folder.parent))
     return max(found)
 
 
@@ -94,7 +100,11 @@ def map_slot(path: str) -> mmap.mmap:
 
 
 class NoRoom(CheckpointError):
-    """The arena has no slots for a copy now."""
+    """The arena has no slots for a copy now. `is_passing`: something there is being written or read, and will be free."""
+
+    def __init__(self, message: str, hint: str, is_passing: bool) -> None:
+        super().__init__(message, hint)
+        self.is_passing = is_passing
 
 
 class Slot:
@@ -181,6 +191,7 @@ class Arena:
             raise NoRoom(
                 f"A checkpoint copy of {size / 1e9:.2f} GB more fits nowhere: there is {room}.",
                 "Make room, raise the container's --shm-size, set checkpoint.snapshot_experts, or use more ranks.",
+                any(slot.state in (State.PERSISTING, State.RECOVERY) for slot in self.slots.values()),
             )
         return slot
 

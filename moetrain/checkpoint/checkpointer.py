@@ -145,9 +145,7 @@ class Checkpointer:
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
         )
-        self._memory.restored()
-        if at == "never":
-            self._memory.forget()
+        self._memory.went_on(restored[0].manifest.save if restored and restored[0].is_in_memory else None)
         self._roster.draw_up(state)
         if restored is None:
             return None

@@ -10,7 +10,6 @@ from moetrain.base.log import logger
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import Selection
-from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.turns import Homes, Turns
 from moetrain.store.manifest import Group, SaveId, natural
 from moetrain.store.objects import CheckpointFolder
@@ -121,9 +120,13 @@ class Course:
         self._look()
 
     def _look(self) -> None:
-        """Asks without the lock: a disk may hang."""
+        """Asks without the lock: a disk may hang. What cannot be read now is asked again."""
         for save in sorted(self._late.copy()):
-            outcome = self._folder.outcome(save)
+            try:
+                outcome = self._folder.outcome(save)
+            except OSError as error:
+                logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be read: {error.strerror}.")
+                return
             with self._lock:
                 if outcome is not None and save in self._late:
                     self._learn(save, self._late.pop(save), outcome)
@@ -175,12 +178,6 @@ class Course:
         except CheckpointError as error:
             logger("checkpoint").warning(f"{error.message} The next checkpoint is a full one.")
             return None
-
-
-def copied_experts(number: int, banks: dict[str, int], count: int, selection: Selection | None) -> Selection:
-    """Which experts the copy of this number in memory holds: `count` of every bank in turn, and those that go to the store."""
-    turn = rotation(number, banks, count)
-    return {bank: sorted({*experts, *(selection or {}).get(bank, ())}) for bank, experts in turn.items()}
 
 
 def banks_of(groups: Iterable[Group]) -> dict[str, int]:

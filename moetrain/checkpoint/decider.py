@@ -5,7 +5,7 @@ from functools import partial
 
 from moetrain.checkpoint.accord import Accord, Decision
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.course import Attempt, Course, Hurried, copied_experts
+from moetrain.checkpoint.course import Attempt, Course, Hurried
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import Selection
@@ -37,14 +37,16 @@ class Decider:
         self._roster, self._standing, self._persisting = roster, standing, persisting
         self._keep: Copied | None = None  # the newest save that all ranks have in memory,
         self._open: Copied | None = None  # and a newer one of which that is not known yet
+        self._turn: dict[str, list[int]] = {}  # of every bank, the experts that were not copied for longest first
 
     def decide(self, pending: Pending) -> Decision:
         """What this save is. Takes a place in the persist lane for it."""
-        save, order = pending.save, pending.order
+        save, order, lacked_room = pending.save, pending.order, False
         if self._open is not None:
             complete = self._accord.is_complete(self._open.save, READY_SECONDS if order.persists else 0.0)
             if complete is None and not order.persists:
                 return Decision(save, "the copy before it is not in the memory of every rank yet.")
+            lacked_room = not complete and self._accord.lacked_room(self._open.save)
             self._keep, self._open = self._open if complete else self._keep, None  # what is not known to be complete is given up by all
         pending.is_queued = order.persists and self._persisting.take_place()
         persists = pending.is_queued or (order.persists and order.full)
@@ -52,13 +54,17 @@ class Decider:
         attempt = None
         if persists:
             attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._roster.homes, hurried)
-        in_memory = self._copies(save, attempt)
+        in_memory = self._copies(attempt)
+        alone = lacked_room or not self._roster.finds_room(in_memory)
+        if alone:
+            self._keep = None
         ledger = pending.ledger.since(self._keep.ledger) if self._keep else self._course.seen(pending.ledger)
         ledger = ledger.after(in_memory, self._config.mode)
         self._open = Copied(save, ledger)
         return Decision(
             save,
             keep=self._keep and self._keep.save,
+            alone=alone,
             persists=persists,
             index=attempt.line.index if attempt else 0,
             selection=attempt.selection if attempt else None,
@@ -74,9 +80,19 @@ class Decider:
         num_bytes = GRACE_SHARE * grace * status.committed_bytes / status.committed_seconds
         return partial(most_valuable, holdings, self._config.mode, num_bytes=num_bytes)
 
-    def _copies(self, save: SaveId, attempt: Attempt | None) -> Selection | None:
-        """The experts that are copied; None: all of them."""
-        count = self._roster.copied_experts
+    def _copies(self, attempt: Attempt | None) -> Selection | None:
+        """The experts that are copied; None: all of them. Those that go to the store, and as many others as there is room for, in turn."""
+        count, banks = self._roster.copied_experts, self._course.known_banks
         if count is None or (attempt is not None and attempt.selection is None):
             return None
-        return copied_experts(save.seq, self._course.known_banks, count, attempt.selection if attempt else None)
+        if self._keep is None and self._course.parent is None:  # there is nothing to take the other experts from
+            return None
+        chosen = {}
+        for layer, (bank, num_experts) in enumerate(banks.items()):
+            first = layer * num_experts // len(banks)  # the experts of one copy live on different ranks
+            turn = self._turn.setdefault(bank, [(first + number) % num_experts for number in range(num_experts)])
+            stored = (attempt.selection or {}).get(bank, []) if attempt else []
+            others = [expert for expert in turn if expert not in stored]
+            chosen[bank] = sorted([*stored, *others[: max(0, count - len(stored))]])
+            self._turn[bank] = [expert for expert in turn if expert not in chosen[bank]] + chosen[bank]
+        return chosen

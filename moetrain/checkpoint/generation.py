@@ -19,6 +19,8 @@ from moetrain.store.parsing import parsing
 
 Key = tuple[SaveId, int]
 """A save and a rank."""
+Box = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""The key of a tensor, and the offset and shape of a part of it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,14 @@ class Generation:
     @property
     def num_bytes(self) -> int:
         return sum(held.num_bytes for held in self.held.values())
+
+    def boxes(self) -> dict[str, set[Box]]:
+        """What lies in every object."""
+        found: dict[str, set[Box]] = {name: set() for name in self.held}
+        for tensor in self.receipt.tensors:
+            for piece in tensor.pieces:
+                found[piece.object].add((tensor.key, piece.offset, piece.shape))
+        return found
 
     def only(self, names: set[str]) -> "Generation":
         """Without the other objects and what lies in them."""
@@ -111,19 +121,16 @@ def sealed(job: SaveJob, share: str, slots: Sequence[Slot], now: float) -> tuple
 
 
 def needed(generations: Iterable[Generation], complete: SaveId) -> dict[Key, set[str]]:
-    """Which objects of one rank's generations are needed when `complete` is the newest that every rank has: all of that one and of
-    newer ones, and of older ones the newest version of every expert that it does not hold."""
+    """Which objects are needed when `complete` is the newest save that every rank has: all of that one and of newer ones, and of older
+    ones those of experts with anything that none newer holds: a copy may hold the weights of an expert without its moments."""
     keep: dict[Key, set[str]] = {}
-    covered: dict[int, set[Group | None]] = defaultdict(set)
+    covered = set[Box]()
     for one in sorted(generations, key=lambda one: one.save, reverse=True):
-        if one.save >= complete:
-            keep[one.key] = set(one.held)
-        elif one.save.epoch == complete.epoch:
-            keep[one.key] = {name for name, held in one.held.items() if held.group and held.group not in covered[one.job.rank]}
-        else:
-            keep[one.key] = set()
-        if one.save <= complete:
-            covered[one.job.rank] |= {held.group for held in one.held.values()} | {None}
+        keep[one.key] = set(one.held) if one.save >= complete else set[str]()
+        if one.save <= complete and one.save.epoch == complete.epoch:
+            boxes = one.boxes()
+            keep[one.key] |= {name for name, held in one.held.items() if held.group and not boxes[name] <= covered}
+            covered.update(*boxes.values())
     return keep
 
 

@@ -55,8 +55,15 @@ class Ledger:
         return replace(self, total={bank: [a + b for a, b in zip(row, more, strict=True)] for (bank, row), more in rows})
 
     def since(self, committed: "Ledger") -> "Ledger":
-        """The same training, seen from what a commit holds: its `saved` and `age`."""
-        return replace(self, saved=committed.saved, saved_weights=committed.saved_weights, age=committed.age)
+        """The same training, seen from what a commit holds: `saved` such that `saved - lost` is what its state knows of, though recoveries
+        from memory took something out of the live state since."""
+        live = self if self.total else Ledger.of_banks(committed.banks)  # nobody counts
+        return replace(
+            live,
+            saved=_plus(committed.saved, _minus(live.lost, committed.lost)),
+            saved_weights=_plus(committed.saved_weights, _minus(live.lost_weights, committed.lost_weights)),
+            age=committed.age,
+        )
 
     def unsaved(self) -> Counts:
         """What a recovery to this point takes out of the state that rotates."""

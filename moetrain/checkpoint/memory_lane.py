@@ -4,6 +4,7 @@ Thread `checkpoint-copy` runs one save after the other: hears or makes the decis
 Where a partner gets the copy too, a thread `partner-N` of that save waits for it and tells rank 0. The training thread calls `do` only.
 """
 
+import mmap
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from moetrain.checkpoint.modes import is_derived, is_written
 from moetrain.checkpoint.pending import Pending
 from moetrain.checkpoint.persist_lane import FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, PersistLane
 from moetrain.checkpoint.plan import Part, lay_out, my_parts
-from moetrain.checkpoint.process import AgentDied, NodeMemory
+from moetrain.checkpoint.process import AgentDied, Needs, NodeMemory
 from moetrain.checkpoint.roster import Roster
 from moetrain.checkpoint.status import Standing
 from moetrain.model.state import ModelState
@@ -78,21 +79,21 @@ class MemoryLane:
             pending.reason = "it is in memory only: the store was still busy." if pending.order.persists else "it is in memory only."
             pending.is_in_memory_only = True
         except NoRoom as error:
-            if self._standing.now.copied_step is None:
+            if self._standing.now.copied_step is None and not error.is_passing:
                 raise  # nothing was ever copied: say so now, not after the first fault
-            self._skip(pending, error.message)
+            self._skip(pending, error.message, no_room=True)
         except AgentDied as died:
             self._skip(pending, f"{died}.")
         except OSError as error:
             self._skip(pending, f"{error.filename or self._path} cannot be used: {error.strerror}.")
         return None
 
-    def _skip(self, pending: Pending, reason: str, is_news: bool = True, is_own: bool = True) -> None:
+    def _skip(self, pending: Pending, reason: str, is_news: bool = True, is_own: bool = True, no_room: bool = False) -> None:
         """This rank takes no part in a save, so there will be none; the others hear of it from the board and through the folder, unless
         rank 0 said so itself (not `is_own`)."""
         pending.copied.set()
         if is_own:
-            self._accord.leave_out(pending.save)
+            self._accord.leave_out(pending.save, no_room)
         if self._rank == 0:
             self._accord.decide(Decision(pending.save, reason))
         if pending.order.persists:
@@ -117,7 +118,7 @@ class MemoryLane:
         mine, extra = self._shares(parts, decision)
         objects = lay_out(mine)
         plans = [*objects, *lay_out(extra)]
-        slots = self._memory.reserve(pending.save, decision.keep, [plan.size * stored_dtype(plan.dtype).itemsize for plan in plans])
+        slots = self._reserved(pending, decision, [plan.size * stored_dtype(plan.dtype).itemsize for plan in plans])
         plans = copy_fragments(state, plans, list(slots.values()), ready)
         pending.copied.set()
         copied = {part.number for part in [*mine, *extra]}
@@ -143,6 +144,18 @@ class MemoryLane:
         self._memory.filled(job, list(slots))
         self._standing.copied(pending.step)
         return job
+
+    def _reserved(self, pending: Pending, decision: Decision, sizes: list[int]) -> dict[str, mmap.mmap]:
+        """Slots, by path. The last save of a run waits for room that older ones still take on their way to the store. Raises NoRoom."""
+        deadline, pause = self._clock.monotonic() + self._config.timeout_seconds, FIRST_POLL_SECONDS
+        while True:
+            try:
+                return self._memory.reserve(pending.save, Needs(decision.keep, decision.alone, self._persisting.open_saves()), sizes)
+            except NoRoom as error:
+                if not (pending.order.full and error.is_passing and self._clock.monotonic() < deadline):
+                    raise
+            self._clock.sleep(pause)
+            pause = min(1.5 * pause, LONGEST_POLL_SECONDS)
 
     def _shares(self, parts: list[Part], decision: Decision) -> tuple[list[Part], list[Part]]:
         """What this rank copies for the store, and what for memory only."""

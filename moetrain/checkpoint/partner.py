@@ -30,6 +30,7 @@ class Keep:
     rank: int
     complete: SaveId | None
     coming: SaveId
+    alone: bool
 
 
 class Partner:
@@ -47,8 +48,8 @@ class Partner:
         """The slots must not change until `state` says that it is done; when they do, the copy is refused at the other end."""
         self._tasks.put(Push(generation, slots))
 
-    def keep(self, rank: int, complete: SaveId | None, coming: SaveId) -> None:
-        self._tasks.put(Keep(rank, complete, coming))
+    def keep(self, rank: int, complete: SaveId | None, coming: SaveId, alone: bool) -> None:
+        self._tasks.put(Keep(rank, complete, coming, alone))
 
     def state(self, key: Key) -> tuple[bool, str]:
         """(whether it was tried, why it did not arrive)."""
@@ -76,7 +77,7 @@ class Partner:
             return
         complete = task.complete
         self._done = {key: trouble for key, trouble in self._done.items() if complete is None or key[0] >= complete}
-        self._ask({"op": "keep", "rank": task.rank, "keep": complete, "save": task.coming})
+        self._ask({"op": "keep", "rank": task.rank, "keep": complete, "save": task.coming, "alone": task.alone})
 
     def _send(self, task: Push) -> None:
         generation, held = task.generation, dict(task.generation.held)

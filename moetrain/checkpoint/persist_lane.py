@@ -34,6 +34,7 @@ class PersistLane:
         self._course, self._turns, self._standing = course, turns, standing
         self._places = BoundedSemaphore(2)  # rank 0: of a save that is being persisted, and of one that waits for it
         self._lane = Lane("checkpoint-persist")
+        self._open: dict[SaveId, None] = {}  # handed over, and not at their end
         self._hindrance = ""  # of the last sweep
 
     def take_place(self) -> bool:
@@ -42,7 +43,12 @@ class PersistLane:
 
     def do(self, pending: Pending, job: SaveJob) -> None:
         """After the saves before it; returns at once."""
+        self._open[pending.save] = None
         self._lane.do(partial(self._persist, pending, job))
+
+    def open_saves(self) -> list[SaveId]:
+        """Those for which the agent holds what is to be written."""
+        return list(self._open)
 
     def give_up(self, pending: Pending, reason: str, is_news: bool) -> None:
         """A save of which this rank brings nothing; the other ranks hear of it through the folder. `is_news`: warns."""
@@ -51,11 +57,9 @@ class PersistLane:
 
     def end(self, pending: Pending) -> None:
         """The last that happens to a save, in whichever lane."""
+        self._open.pop(pending.save, None)
         if self._rank == 0 and pending.order.persists:
-            try:
-                self._course.ended(pending.save)
-            except OSError as error:
-                logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be read: {error.strerror}.")
+            self._course.ended(pending.save)
         if pending.is_queued:
             self._places.release()
         self._standing.ended(pending.seq)
@@ -67,8 +71,6 @@ class PersistLane:
             if start.refusal:  # its agent then writes nothing, and without a parent could commit nothing
                 self._refuse(job.save, start.refusal)
             self._settle(pending, job, self._answer(job, start), start.ledger)
-        except OSError as error:
-            self._fail(pending, f"{error.filename or self._folder.path} cannot be used: {error.strerror}.", warn=True)
         except Exception as error:
             pending.error = error
         self.end(pending)
@@ -88,16 +90,23 @@ class PersistLane:
         waits = self._rank > 0 and reply.outcome != "abandoned"  # rank 0 has waited for its agent, which decides
         deadline = self._clock.monotonic() + (3 * job.timeout_seconds if waits else 0.0)
         pause = FIRST_POLL_SECONDS
-        while (outcome := self._folder.outcome(job.save)) is None and self._clock.monotonic() < deadline:
+        while (outcome := self._outcome(job.save)) is None and self._clock.monotonic() < deadline:
             self._clock.sleep(pause)
             pause = min(1.5 * pause, LONGEST_POLL_SECONDS)  # many ranks ask one folder
-        pending.committed = bool(outcome)
+        pending.committed = reply.outcome == "committed" if outcome is None else outcome
         if pending.committed:
             self._standing.committed(job.save.seq, job.step, reply, self._figures(job, ledger))
             self._tell_of_sweep(reply.swept)
             return
         reason = reply.reason or self._folder.reason(job.save) or "rank 0 did not decide in time."
         self._fail(pending, reason, warn=self._rank == 0 or bool(reply.reason))
+
+    def _outcome(self, save: SaveId) -> bool | None:
+        """None also while the folder cannot be read."""
+        try:
+            return self._folder.outcome(save)
+        except OSError:
+            return None
 
     def _tell_of_sweep(self, hindrance: str) -> None:
         """Once, as long as it stays the same: the folder grows meanwhile."""

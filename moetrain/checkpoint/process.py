@@ -7,10 +7,10 @@ import socket
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from threading import Lock
@@ -19,7 +19,7 @@ from typing import Protocol
 import moetrain
 from moetrain.base.clock import Clock
 from moetrain.base.log import logger
-from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot, possible_bytes
+from moetrain.checkpoint.arena import NoRoom, arena_folder, map_slot, possible_bytes, spare_folders
 from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.patience import Patience
@@ -55,9 +55,10 @@ class Link(Protocol):
 
 
 class Connect(Protocol):
-    """The way to the agent of this node. `folder`: its arena."""
+    """The way to the agent of this node. `folder`: its arena; `spare`: where slots lie that find no room there."""
 
     folder: Path
+    spare: list[Path]
 
     def __call__(self, start: bool) -> Link | None:
         """A new connection. `start`: the agent is started when there is none; otherwise None then. Raises AgentDied."""
@@ -120,6 +121,7 @@ class Launcher:
     def __init__(self, checkpoint: Path, config: AgentConfig, environ: Mapping[str, str] = os.environ) -> None:
         """`checkpoint`: the absolute checkpoint folder."""
         self.folder = arena_folder(checkpoint, config.folder)
+        self.spare = spare_folders(self.folder, config.folder)
         self._config, self._environ = config, environ
 
     def __call__(self, start: bool) -> SocketLink | None:
@@ -154,10 +156,9 @@ class Launcher:
     def _start(self) -> None:
         package = str(Path(moetrain.__file__).parents[1])  # importable whatever the working folder is now
         path = os.pathsep.join(filter(None, [package, self._environ.get("PYTHONPATH")]))
-        spare = Path(tempfile.gettempdir()) / self.folder.name
         about = {
             "folder": str(self.folder),
-            "spare": [str(spare)] if spare != self.folder and not self._config.folder else [],
+            "spare": [str(folder) for folder in self.spare],
             "host": own_address(self._environ),
             "linger_seconds": self._config.linger_seconds,
         }
@@ -183,6 +184,15 @@ def own_address(environ: Mapping[str, str]) -> str:
     return "127.0.0.1"
 
 
+@dataclass(frozen=True)
+class Needs:
+    """What must stay in memory when room is made for a copy."""
+
+    keep: SaveId | None = None  # the newest save that every rank has complete in memory, and whatever it refers to
+    alone: bool = False  # nothing: the copy takes the place of all before it
+    writing: Sequence[SaveId] = ()  # this rank's saves that are on their way to the store
+
+
 class NodeMemory:
     """The memory of this node as one rank uses it. Two connections: copying must not wait for persisting.
 
@@ -198,11 +208,11 @@ class NodeMemory:
         self._partner: dict | None = None
         self._patience = Patience(clock)
 
-    def reserve(self, save: SaveId, keep: SaveId | None, sizes: Sequence[int]) -> dict[str, mmap.mmap]:
+    def reserve(self, save: SaveId, needs: "Needs", sizes: Sequence[int]) -> dict[str, mmap.mmap]:
         """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
-        answer = self._copy({"op": "reserve", "save": save, "keep": keep, "sizes": list(sizes)})
+        answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
         if "full" in answer:
-            raise NoRoom(answer["full"], answer["hint"])
+            raise NoRoom(answer["full"], answer["hint"], answer["is_passing"])
         for path in answer["slots"]:
             if path not in self._maps:
                 self._maps[path] = map_slot(path)
@@ -222,20 +232,17 @@ class NodeMemory:
         return Reply.of_json(self._call("persist", {"op": "persist", "save": save, "parent": parent, "ledger": ledger}, limit_seconds))
 
     def list(self) -> dict | None:
-        """What lies in this node's memory, held until `restored`; None without an agent and anything it could take over."""
+        """What lies in this node's memory, held until `went_on`; None without an agent and anything it could take over."""
         try:
             return self._call("copy", {"op": "list"}, start=False)
         except AgentDied:
             return None
 
-    def restored(self) -> None:
+    def went_on(self, save: SaveId | None) -> None:
+        """After a recovery, once all ranks have read what they need: what this save in memory does not need belongs to the run no more.
+        None: nothing there does."""
         with suppress(AgentDied):
-            self._call("copy", {"op": "restored"}, start=False)
-
-    def forget(self) -> None:
-        """The run starts anew: nothing that lies in memory belongs to it."""
-        with suppress(AgentDied):
-            self._call("copy", {"op": "forget", "epoch": self._epoch}, start=False)
+            self._call("copy", {"op": "restored", "epoch": self._epoch, "keep": save}, start=False)
 
     @property
     def place(self) -> str:
@@ -244,7 +251,7 @@ class NodeMemory:
 
     def possible_bytes(self) -> int:
         """What the arena of this node could hold in all."""
-        return possible_bytes(self._connect.folder)
+        return possible_bytes([self._connect.folder, *self._connect.spare])
 
     def set_partner(self, address: dict) -> None:
         """The agent that gets copies of what this one has."""

@@ -7,7 +7,8 @@ from moetrain.base.log import logger
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import parts_of, shown
 from moetrain.checkpoint.course import Course, banks_of
-from moetrain.checkpoint.fit import Share, fitting_experts
+from moetrain.checkpoint.fit import Fit, Share, fit
+from moetrain.checkpoint.modes import Selection, is_derived
 from moetrain.checkpoint.plan import Holding, holdings_of, merged, my_parts
 from moetrain.checkpoint.process import AgentDied, NodeMemory
 from moetrain.checkpoint.recover import Gather, together
@@ -25,6 +26,8 @@ class Roster:
         self.holdings: list[Holding] | None = None  # of all ranks; None: not known yet
         self.homes: Homes | None = None
         self.copied_experts: int | None = None  # of every bank in one copy in memory; None: all
+        self._beside: int | None = None  # in the largest that finds room beside the one before it; None: any does
+        self._with_partner = config.agent.partner
         self._config, self._gather, self._memory, self._course = config, gather, memory, course
 
     def draw_up(self, state: ModelState) -> None:
@@ -58,22 +61,49 @@ class Roster:
             self.homes = homes_of(self.holdings)
             self._course.knows(banks_of(holding.group for holding in self.holdings if holding.group))
 
+    def finds_room(self, in_memory: Selection | None) -> bool:
+        """Whether a copy of these experts (None: all) fits beside the one before it."""
+        if self._beside is None:
+            return True
+        return in_memory is not None and max(map(len, in_memory.values()), default=0) <= self._beside
+
     def _check_room(self, state: ModelState) -> None:
         """Decides before training what a copy holds. Raises CheckpointError on every rank when there is no room on one node."""
-        parts = my_parts(parts_of(state), self.rank, holdings=self.holdings)
-        experts = sum(part.num_bytes for part in parts if part.tensor.group)
-        share = [self._memory.place, sum(part.num_bytes for part in parts) - experts, experts, self._memory.possible_bytes()]
-        shares = [Share(*found) for found in self._gather(share) if isinstance(found, list)]
-        num_experts = max(self._course.known_banks.values(), default=0)
-        count = fitting_experts(shares, num_experts, self._config.snapshot_experts)
-        self.copied_experts = count if count < num_experts else None
-        if self.copied_experts and self.rank == 0:
+        config, num_experts = self._config, max(self._course.known_banks.values(), default=0)
+        shares = [Share(*found) for found in self._gather(self._share(state)) if isinstance(found, list)]
+        found = fit(shares, num_experts, config.snapshot_experts, config.experts_per_save, config.agent.partner)
+        self.copied_experts = found.copied if found.copied < num_experts else None
+        self._beside = found.beside if found.beside < num_experts else None
+        self._with_partner = found.with_partner
+        if self.rank == 0:
+            self._tell(found, num_experts, len({share.place for share in shares}))
+
+    def _share(self, state: ModelState) -> list:
+        """`Share` as JSON: what this rank would copy of everybody, and of those that are not selected."""
+        parts = parts_of(shown(state, self._config.mode))
+        nobody: Selection = {part.tensor.group[0]: [] for part in parts if part.tensor.group}
+        whole, least = (my_parts(parts, self.rank, self._config.mode, selection, self.holdings) for selection in (None, nobody))
+        shared = sum(part.num_bytes for part in whole if not part.tensor.group)
+        experts = sum(part.num_bytes for part in whole if part.tensor.group)
+        rounded = sum(part.num_bytes for part in least if is_derived(part.tensor))
+        every = sum(part.num_bytes for part in least if part.tensor.group) - rounded
+        return [self._memory.place, shared, experts, every, rounded, self._memory.possible_bytes()]
+
+    def _tell(self, found: Fit, num_experts: int, num_nodes: int) -> None:
+        log = logger("checkpoint")
+        if found.copied < num_experts:
             sentence = "A copy in memory holds %d of the %d experts of a layer; a fault takes the others back to older copies."
-            logger("checkpoint").info(sentence, count, num_experts)
+            log.info(sentence, found.copied, num_experts)
+        if found.beside < found.copied:
+            log.warning("There is no room for two copies in memory: each takes the place of the one before it while it is made.")
+        elif found.beside < num_experts:
+            log.info("Full checkpoints take the place of the copy in memory while they are made: there is no room for two of them.")
+        if self._config.agent.partner and num_nodes > 1 and not found.with_partner:
+            log.warning("No copies go to another node: there is no room for them beside a node's own.")
 
     def _find_partner(self) -> None:
         """With several nodes every agent gets the next one as its partner, in a ring."""
-        places = self._gather(self._memory.place) if self._config.agent.partner else []
+        places = self._gather(self._memory.place) if self._with_partner else []
         if len(set(map(str, places))) < 2:
             return
         addresses = together(self._memory.address, self._gather)

@@ -16,7 +16,7 @@ from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena, arena_folder
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import AgentConfig, CheckpointConfig
-from moetrain.checkpoint.process import Launcher, NodeMemory, own_address
+from moetrain.checkpoint.process import Launcher, Needs, NodeMemory, own_address
 from moetrain.checkpoint.recover import alone
 from moetrain.checkpoint.serve import SOCKET, Server, clear, lock, owned, remove_stale, short_path
 from moetrain.checkpoint.wire import Address, Refused, WireError, ask
@@ -84,7 +84,7 @@ def test_ranks_that_start_together_share_one_agent_in_a_session_of_its_own(tmp_p
 def test_an_agent_ends_a_while_after_its_last_rank_was_killed(tmp_path):
     child = os.fork()
     if child == 0:
-        NodeMemory(launcher(tmp_path, 0.3), 0, 1, SystemClock()).reserve(SaveId(1, 1), None, [5000])
+        NodeMemory(launcher(tmp_path, 0.3), 0, 1, SystemClock()).reserve(SaveId(1, 1), Needs(), [5000])
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     assert agents(tmp_path)
@@ -97,7 +97,7 @@ def test_a_child_that_holds_the_connection_of_a_dead_rank_deceives_nobody(tmp_pa
     child = os.fork()
     if child == 0:
         memory = NodeMemory(launcher(tmp_path), 0, 1, SystemClock())
-        memory.reserve(SaveId(1, 1), None, [5000])
+        memory.reserve(SaveId(1, 1), Needs(), [5000])
         grandchild = os.fork()
         if grandchild == 0:
             signal.pause()
@@ -133,7 +133,7 @@ def test_commands_show_and_stop_an_agent(tmp_path, capsys):
 
 def test_the_memory_of_killed_agents_is_removed_by_the_next_one_and_by_stop(tmp_path, capsys):
     memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1, SystemClock())
-    memory.reserve(SaveId(1, 1), None, [5000])
+    memory.reserve(SaveId(1, 1), Needs(), [5000])
     (pid,) = agents(tmp_path)
     os.kill(pid, signal.SIGKILL)
     wait_for_no_agent(tmp_path)
@@ -152,7 +152,7 @@ def test_the_memory_of_killed_agents_is_removed_by_the_next_one_and_by_stop(tmp_
 
 def test_a_living_agents_memory_is_never_taken_for_a_dead_ones(tmp_path):
     memory = NodeMemory(launcher(tmp_path, 0.1), 0, 1, SystemClock())
-    memory.reserve(SaveId(1, 1), None, [5000])
+    memory.reserve(SaveId(1, 1), Needs(), [5000])
     folder = arena_folder(tmp_path / "run" / "checkpoint", str(tmp_path / "memory"))
     os.utime(folder, (0, 0))
     remove_stale(tmp_path / "memory", tmp_path / "memory" / "mine")

@@ -26,7 +26,7 @@ from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
-from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, NodeMemory
+from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, Needs, NodeMemory
 from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.writer import handle, with_checksums
 from moetrain.store.encode import ArrayReader, Reads
@@ -260,7 +260,7 @@ def train(folder: Path) -> None:
         save, arena = SaveId(claimed.epoch, seq), memoryview(bytearray(1 << 16))
         job = prepare(folder, save, seq, arena)
         with suppress(AgentDied):  # that costs this save; another agent serves the next one
-            slots = memory.reserve(save, None, [plan.size * 4 for plan in job.objects])
+            slots = memory.reserve(save, Needs(), [plan.size * 4 for plan in job.objects])
             for plan, view, slot in zip(job.objects, views(job.objects, arena), slots.values(), strict=True):
                 slot[: plan.size * 4] = view
             memory.filled(job, list(slots))

@@ -70,14 +70,21 @@ def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False
 
 
 class LocalNode:
-    """A node's agent in this process, over an Io that a test may make fail. `dead`: what a killed agent looks like to its ranks."""
+    """A node's agent in this process, over an Io that a test may make fail. `dead`: what a killed agent looks like to its ranks.
 
-    def __init__(self, free: Callable[[Path], int] = free_bytes) -> None:
+    `room`: bytes that its arena may hold.
+    """
+
+    def __init__(self, free: Callable[[Path], int] = free_bytes, room: int | None = None) -> None:
         self._folder = TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
-        self.folder = Path(self._folder.name) / "arena"
-        self._free = free
+        self.folder, self.spare = Path(self._folder.name) / "arena", list[Path]()
+        self._free = free if room is None else lambda base: room - self.held()
         self.dead = False
         self.start()
+
+    def held(self) -> int:
+        """Bytes in slots."""
+        return sum(path.stat().st_size for path in (self.folder / "slots").glob("*"))
 
     @property
     def io(self) -> Io:
@@ -188,6 +195,12 @@ class Job:
         for one in pending:
             assert one.done.wait(100)
         return pending
+
+    def copy(self, version: int) -> None:
+        """Into memory only, on every rank."""
+        states = self.states(version)
+        pending = [rank.save(state, {"step": version}, persists=False) for rank, state in zip(self.ranks, states, strict=True)]
+        assert all(one.done.wait(60) for one in pending)
 
     def load(self, at: str = "auto") -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
         """What rank 0 reports, and the whole tensors all ranks have afterwards."""

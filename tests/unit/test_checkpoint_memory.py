@@ -9,23 +9,16 @@ import pytest
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.agent import GENERATIONS
 from moetrain.checkpoint.arena import State, arena_folder, own_folder
-from moetrain.checkpoint.fit import Share, fitting_experts
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.plan import Holding
+from moetrain.checkpoint.process import Needs
 from moetrain.checkpoint.recover import LoadReport, agreed_choice
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, flip, manifests, objects_of
 
 
 def nodes_of(world: int) -> list[LocalNode]:
     return [LocalNode() for _ in range(world)]
-
-
-def copy(job: Job, version: int) -> None:
-    """Into memory only, on every rank."""
-    states = job.states(version)
-    pending = [rank.save(state, {"step": version}, persists=False) for rank, state in zip(job.ranks, states, strict=True)]
-    assert all(one.done.wait(60) for one in pending)
 
 
 def restart(job: Job, snapshot_experts: int = 0) -> Job:
@@ -45,8 +38,8 @@ def assert_goes_on_from(job: Job, step: int) -> LoadReport:
 def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
     job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
     job.save(1)
-    copy(job, 2)
-    copy(job, 3)
+    job.copy(2)
+    job.copy(3)
     again = restart(job)
     report, whole = again.load()
     assert report is not None
@@ -61,9 +54,9 @@ def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
 def test_a_copy_that_one_rank_lacks_is_no_recovery_point(tmp_path):
     job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     job.nodes[1].dead = True
-    copy(job, 3)
+    job.copy(3)
     job.nodes[1].dead = False
     assert_goes_on_from(job, 2)
 
@@ -71,7 +64,7 @@ def test_a_copy_that_one_rank_lacks_is_no_recovery_point(tmp_path):
 def test_without_memory_the_disk_is_read(tmp_path):
     job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     job.nodes[1] = LocalNode()  # another machine
     report = assert_goes_on_from(job, 1)
     assert set(report.read) == {"the memory of this node", "disk"}  # node 0 still has its part of that save
@@ -80,7 +73,7 @@ def test_without_memory_the_disk_is_read(tmp_path):
 def test_a_damaged_expert_in_memory_comes_from_an_older_version_and_is_named(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     agent = job.nodes[0].agent
     newest = max(agent.generations.values(), key=lambda one: one.save)
     held = next(held for held in newest.held.values() if held.group == (BANKS[0], 2) and held.size)
@@ -153,7 +146,7 @@ def test_a_damaged_slot_is_never_written_to_the_store(tmp_path):
 def test_an_agent_takes_over_from_one_that_was_killed(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     (job.nodes[0].folder / "slots" / "half-made").write_bytes(b"x" * 4096)
     job.nodes[0].start()
     assert not (job.nodes[0].folder / "slots" / "half-made").exists()
@@ -164,7 +157,7 @@ def test_an_agent_takes_over_from_one_that_was_killed(tmp_path):
 def test_a_damaged_description_hides_its_copy_and_no_other(tmp_path, damage):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     newest = sorted((job.nodes[0].folder / GENERATIONS).glob("*.json"))[-1]
     data = newest.read_bytes()
     newest.write_bytes(damage if damage != b"flip" else data.replace(b'"step":2', b'"step":3'))
@@ -175,11 +168,11 @@ def test_a_damaged_description_hides_its_copy_and_no_other(tmp_path, damage):
 def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
-    copy(job, 2)
+    job.copy(2)
     arena = job.nodes[0].agent.arena
     held = arena.num_bytes
     for step in range(3, 9):
-        copy(job, step)
+        job.copy(step)
     assert arena.num_bytes == held
     assert {one.job.step for one in job.nodes[0].agent.generations.values()} == {7, 8}
 
@@ -188,7 +181,7 @@ def test_a_rank_that_dies_while_it_copies_leaves_no_slot_behind(tmp_path):
     node = LocalNode()
     link = node(start=True)
     link.call({"op": "join", "rank": 0, "epoch": 1}, 1)
-    link.call({"op": "reserve", "rank": 0, "save": [1, 1], "keep": None, "sizes": [100, 5000]}, 1)
+    link.call({"op": "reserve", "rank": 0, "save": [1, 1], "sizes": [100, 5000]} | vars(Needs()), 1)
     assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FILLING] * 2
     link.close()
     assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FREE] * 2
@@ -200,7 +193,7 @@ def test_an_older_job_loses_the_memory_to_a_younger_one(tmp_path):
     old.save(1)
     young = Job(tmp_path, 1, 1, nodes=nodes)
     young.load()
-    copy(old, 2)
+    old.copy(2)
     with pytest.raises(CheckpointError, match="taken over the memory"):
         old.ranks[0].save(old.states(3)[0], {"step": 3})
     young.save(2)
@@ -227,7 +220,7 @@ def test_copies_of_some_experts_take_the_others_from_older_copies(tmp_path, shar
     job.load()
     job.save(1)
     for step in range(2, 2 + 2 * NUM_EXPERTS):
-        copy(job, step)
+        job.copy(step)
     again = restart(job, snapshot_experts=1)
     report, whole = again.load()
     assert report is not None
@@ -246,30 +239,13 @@ def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp
     job.nodes[0] = LocalNode()
     job = restart(job, snapshot_experts=2)
     job.load()
-    copy(job, 2)
+    job.copy(2)
     report, whole = restart(job, snapshot_experts=2).load()
     assert report is not None
     assert report.step == 2
     assert sorted(report.ages.values()) == [0] * 4 + [1] * 4
     assert "disk" in report.read
     assert_equal(whole, expected(2, {group: 2 - age for group, age in report.ages.items()}))
-
-
-def test_as_many_experts_are_copied_as_fit_on_every_node():
-    roomy = Share("a", 100, 800, 10_000)
-    assert fitting_experts([roomy], 8) == 8
-    assert fitting_experts([Share("a", 100, 800, 3000), roomy], 8) == 4  # both ranks of one node count, its room once
-    assert fitting_experts([Share("b", 100, 800, 1500), roomy], 8) == 4
-    assert fitting_experts([Share("b", 100, 800, 1500)], 8, wanted=2) == 2
-    assert fitting_experts([Share("b", 100, 0, 1500)], 0) == 0
-    with pytest.raises(CheckpointError, match=r"there is room for 1\.0 kB"):
-        fitting_experts([Share("b", 100, 800, 1000)], 8)
-
-
-def test_no_room_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folder: 1000)
-    with pytest.raises(CheckpointError, match="fit nowhere"):
-        Job(tmp_path, 2, 2).load()
 
 
 def test_nobody_elses_folder_is_used(tmp_path):

@@ -11,7 +11,7 @@ from moetrain.base.clock import SystemClock
 from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena
-from moetrain.checkpoint.process import AgentDied, AgentLate, Link, NodeMemory, SocketLink
+from moetrain.checkpoint.process import AgentDied, AgentLate, Link, Needs, NodeMemory, SocketLink
 from moetrain.checkpoint.serve import PULSE, SOCKET, Server
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
@@ -23,7 +23,7 @@ class Stoppable:
     """An agent of which a rank hears nothing while `stopped`. `asked`: how long each question would have waited in silence."""
 
     def __init__(self) -> None:
-        self.folder = Path("/nowhere")
+        self.folder, self.spare = Path("/nowhere"), list[Path]()
         self.stopped = False
         self.asked: list[float] = []
 
@@ -54,20 +54,20 @@ def test_a_stopped_agent_holds_up_training_for_seconds_and_then_ever_more_rarely
     for _ in range(3600):  # a copy every second
         agent.asked.clear()
         with pytest.raises(AgentLate):
-            memory.reserve(SaveId(1, 1), None, [])
+            memory.reserve(SaveId(1, 1), Needs(), [])
         assert sum(agent.asked) <= process.SILENCE_SECONDS
         tried += [clock.time] if agent.asked else []
         clock.sleep(1.0)
     assert tried == [0, 10, 30, 70, 150, 310, 630, 1230, 1830, 2430, 3030]
     agent.stopped = False
     clock.sleep(600.0)
-    assert memory.reserve(SaveId(1, 1), None, []) == {}
+    assert memory.reserve(SaveId(1, 1), Needs(), []) == {}
     agent.stopped = True
     with pytest.raises(AgentLate, match="without a sign of life"):
-        memory.reserve(SaveId(1, 1), None, [])
+        memory.reserve(SaveId(1, 1), Needs(), [])
     clock.sleep(9.0)
     with pytest.raises(AgentLate, match="asked again in 1 s"):
-        memory.reserve(SaveId(1, 1), None, [])
+        memory.reserve(SaveId(1, 1), Needs(), [])
 
 
 def test_a_recovery_waits_longer_for_an_agent_than_training_does():
