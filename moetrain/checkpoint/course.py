@@ -134,6 +134,7 @@ class Course:
     def _learn(self, save: SaveId, attempt: Attempt, committed: bool) -> None:
         if committed:
             self._line = self._after(save, attempt, attempt.line.banks or self._banks(save))
+            self._late = {late: one for late, one in self._late.items() if late > save}  # an agent commits none after a younger one
         elif self._folder.needs_full(save):
             self._line = Line(None, self._line.index)
 

@@ -9,10 +9,12 @@ import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import State, possible_bytes, spare_folders
+from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.fit import Fit, Share, fit
+from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.store.io import Io
 from tests.unit import checkpoint_kit
-from tests.unit.checkpoint_kit import NUM_EXPERTS, Job, LocalNode, assert_equal, expected, manifests
+from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, manifests
 
 EXPERT = {"gate_up_proj": (128, 64), "down_proj": (64, 64)}  # so large that whole pages do not matter
 EXPERT_BYTES = 2 * NUM_EXPERTS * (128 + 64) * 64 * 12
@@ -107,6 +109,44 @@ def test_moments_in_memory_outlive_younger_copies_that_lack_them(tmp_path, mode)
     assert sorted(report.ages.values()) == [age for age in range(NUM_EXPERTS) for _ in range(2)]
 
 
+def test_what_a_recovery_from_memory_lost_is_not_lost_again_by_one_from_disk(tmp_path):
+    """After the second, of every expert exactly what was routed to it since the step its state is of is lost."""
+    horizon = Horizon(dict.fromkeys(BANKS, NUM_EXPERTS), 10**6)
+
+    def job_of(node: LocalNode) -> Job:
+        turns = Turns(CheckpointConfig(snapshot_experts=1), horizon)
+        return Job(tmp_path, 1, 1, nodes=[node], snapshot_experts=1, turns=turns)
+
+    def trained(job: Job) -> None:
+        job.ranks[0].count([[10] * NUM_EXPERTS] * len(BANKS))
+
+    job = job_of(node := LocalNode())
+    job.load()
+    trained(job)
+    job.save(1)
+    for step in (2, 3):
+        trained(job)
+        job.copy(step)
+    job = job_of(node)
+    report, _ = job.load()
+    assert report is not None
+    assert report.step == 3
+    trained(job)
+    known = {group: 4 - age for group, age in report.ages.items()}  # steps that the live state has seen
+    assert job.ranks[0]._ledger.lost == lost(4, known)
+    job.save(4)
+    again = job_of(LocalNode())
+    report, _ = again.load()
+    assert report is not None
+    assert set(report.ages.values()) == {0, 3}
+    assert again.ranks[0]._ledger.lost == lost(4, {group: known[group] if age == 0 else 1 for group, age in report.ages.items()})
+
+
+def lost(steps: int, known: dict[tuple[str, int], int]) -> dict[str, list[int]]:
+    """Of ten assignments to every expert in each step."""
+    return {bank: [10 * (steps - known[bank, expert]) for expert in range(NUM_EXPERTS)] for bank in BANKS}
+
+
 def test_two_faults_before_the_first_checkpoint_lose_nothing_that_was_copied(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=[LocalNode()], snapshot_experts=1)
     job.load()
@@ -173,6 +213,7 @@ def test_an_outage_of_the_store_leaves_no_memory_behind(tmp_path, monkeypatch):
     job.save(8)
     held = [slot for slot in job.nodes[0].agent.arena.slots.values() if slot.state is State.PERSISTING]
     assert not held
+    assert not job.ranks[0]._course._late
     assert all(job.save(step)[0].committed for step in (9, 10))
 
 
