@@ -165,7 +165,12 @@ def _check_checkpoint(config: TrainConfig) -> None:
     checkpoint.check()
     if not checkpoint.resume:
         raise ConfigError.of("checkpoint.resume", checkpoint.resume, "it must be auto, must, never or a path")
-    if checkpoint.mode != "full" and config.model.banks() and checkpoint.experts_per_save > num_experts:
-        rule = f"a layer has model.routing.num_experts={num_experts}"
+    if not config.model.banks():
+        return
+    rule = f"a layer has model.routing.num_experts={num_experts}"
+    if checkpoint.mode != "full" and checkpoint.experts_per_save > num_experts:
         hint = f"Use at most {num_experts}, or checkpoint.mode=full."
         raise ConfigError.of("checkpoint.experts_per_save", checkpoint.experts_per_save, rule, hint)
+    if checkpoint.snapshot_experts > num_experts:
+        hint = f"Use at most {num_experts}, or 0 for all if they fit."
+        raise ConfigError.of("checkpoint.snapshot_experts", checkpoint.snapshot_experts, rule, hint)

@@ -100,6 +100,7 @@ RULES = [
     ("telemetry.wandb", "yes", "must be one of off, online, offline"),
     ("checkpoint.mode", "expert", "Did you mean experts?"),
     ("checkpoint.experts_per_save", 9, "a layer has model.routing.num_experts=8"),
+    ("checkpoint.snapshot_experts", 9, "a layer has model.routing.num_experts=8"),
     ("checkpoint.keep", 0, "at least 1"),
     ("checkpoint.resume", "", "auto, must, never or a path"),
     ("train.tokens", 0, "at least 1"),
