@@ -194,7 +194,7 @@ def prune(arguments: argparse.Namespace) -> int:
         )
     folder = _open(arguments.folder)
     before = folder.saves()
-    damaged = folder.prune(arguments.keep, arguments.take_over or _is_done(folder))
+    damaged = folder.prune(arguments.keep, arguments.take_over or _is_done(arguments.folder))
     gone = [save for save in before if save not in folder.saves()]
     print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
     if damaged:
@@ -245,7 +245,7 @@ def from_dcp(source: Path, run: Path, take_over: bool) -> int:
     except CheckpointError:
         folder = CheckpointFolder(place_of(run), Io())
     checkpoint = DcpFolder(source)
-    if not (take_over or _is_done(folder)):
+    if not (take_over or _is_done(run)):
         folder.check_free()
     point = read_into(folder, checkpoint, SystemClock())
     print(f"{folder.path}: seq {point.seq}, step {point.step}, {size(point.total_bytes)}")
@@ -256,9 +256,9 @@ def _open(path: Path) -> CheckpointFolder:
     return CheckpointFolder(resolve(path), Io())
 
 
-def _is_done(folder: CheckpointFolder) -> bool:
-    """The run reached its last step: nobody writes."""
-    return (folder.path.parent / "DONE").exists()
+def _is_done(run: Path) -> bool:
+    """The run reached its last step: nobody writes. A checkpoint folder by itself does not tell whose it is, or where that run is."""
+    return (run / "DONE").exists()
 
 
 def _kind(point: Manifest) -> str:

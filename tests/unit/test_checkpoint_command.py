@@ -1,5 +1,6 @@
 """`moetrain checkpoint VERB` in an interpreter that refuses torch, except where it converts."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.cli import main
 from moetrain.store.io import Io
-from moetrain.store.manifest import Manifest
+from moetrain.store.manifest import Manifest, seal
 from moetrain.store.objects import CheckpointFolder
 from tests.unit.checkpoint_kit import BANKS, Job
 
@@ -177,6 +178,37 @@ def test_prune_leaves_a_folder_alone_that_a_living_job_claims(run_folder):
     assert moetrain_checkpoint("pin", run_folder, "newest")[0] == 0
     assert moetrain_checkpoint("prune", run_folder, "--keep", 1, "--take-over")[0] == 0
     assert len(points(run_folder)) == 1
+
+
+def claimed_elsewhere(checkpoint: Path) -> None:
+    """The newest claim is one of another machine: nobody here knows whether its job is alive."""
+    owner = {"host": "elsewhere", "pid": os.getpid(), "time": 0.0}
+    (checkpoint / "claims" / "000002").write_bytes(seal(json.dumps(owner).encode()))
+
+
+def test_whether_a_run_is_done_is_looked_up_in_the_run_and_not_beside_its_checkpoints(run_folder, tmp_path, said):
+    place, run = tmp_path / "elsewhere" / "checkpoint", tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(run_folder / "checkpoint", place)
+    (run / "checkpoint").write_text(f"{place}\n")
+    claimed_elsewhere(place)
+    (place.parent / "DONE").touch()  # of nobody
+    for folder in (run, place):
+        assert said("prune", folder, "--keep", 2)[0] == 2
+    (run / "DONE").touch()
+    assert said("prune", run, "--keep", 2) == (0, "1 recovery points removed, 2 kept.\n")
+
+
+def test_convert_asks_the_run_whether_it_is_done(run_folder, tmp_path, said):
+    assert said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "one", "--seq", 2)[0] == 0
+    place, run = tmp_path / "elsewhere" / "checkpoint", tmp_path / "run"
+    run.mkdir()
+    shutil.copytree(run_folder / "checkpoint", place)
+    (run / "checkpoint").write_text(f"{place}\n")
+    claimed_elsewhere(place)
+    assert said("convert", tmp_path / "one", "--from", "dcp", "--out", run)[0] == 2
+    (run / "DONE").touch()
+    assert said("convert", tmp_path / "one", "--from", "dcp", "--out", run)[0] == 0
 
 
 def test_convert_publishes_what_is_new_and_reads_back(run_folder, tmp_path, capsys):
