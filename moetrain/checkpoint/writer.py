@@ -124,6 +124,7 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
 
 def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, clock: Clock) -> Manifest:
     """Rank 0: makes the recovery point exist. Raises CheckpointError or OSError when the save was not committed."""
+    folder.check_claim(job.save.epoch)  # first: where the whole folder is away its newest checkpoint is not damaged
     manifest = merge(job, receipts, _parent(job, folder), clock.now())
     try:
         folder.commit(manifest)

@@ -77,10 +77,13 @@ class CheckpointFolder:
         return epoch
 
     def check_claim(self, epoch: int) -> None:
-        """Raises Superseded unless `epoch` is still the newest."""
+        """Raises Superseded when there is a newer one, CheckpointError when `epoch` itself is gone: claims are never removed."""
         newest = self.newest_epoch()
-        if newest != epoch:
+        if newest > epoch:
             raise Superseded(f"Another job has taken over the checkpoint folder {self.path} (epoch {newest}, this job has {epoch}).")
+        if newest < epoch:
+            hint = "Bring it back: the next save goes on where the last one ended."
+            raise CheckpointError(f"The claims of the checkpoint folder {self.path} are gone: was it moved or unmounted?", hint)
 
     def _used(self) -> Iterator[SaveId]:
         for folder in (self._manifests, self._objects, self._receipts):
@@ -174,7 +177,7 @@ class CheckpointFolder:
     # manifests
 
     def commit(self, manifest: Manifest) -> None:
-        """Makes the recovery point exist. Raises Superseded, or CheckpointError when this save was decided before."""
+        """Makes the recovery point exist. Raises Superseded, or CheckpointError when this save was decided before or the claim is gone."""
         self.check_claim(manifest.save.epoch)
         decided = CheckpointError(f"The save {manifest.save} was decided before.")
         if self.outcome(manifest.save) is not None:
@@ -242,7 +245,7 @@ class CheckpointFolder:
 
         Manifests go first and are gone for good before any object does: a crash leaks, it never loses. What a save newer than
         `current` or another job wrote is left alone. Does nothing about objects while a manifest is unreadable: returns what is wrong
-        with each of these. Raises Superseded.
+        with each of these. Raises as `check_claim` does.
         """
         self.check_claim(current.epoch)
         if current not in self.saves():  # the list is late: a later sweep knows more

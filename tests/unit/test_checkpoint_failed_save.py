@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -102,6 +103,22 @@ def test_a_second_job_takes_over_and_the_first_can_not_commit(tmp_path):
         old.ranks[0].save(old.states(3)[0], {"step": 3})
     assert new.save(2)[0].committed
     assert [point.save.epoch for point in manifests(tmp_path)] == [2, 1]
+
+
+def test_a_folder_that_is_away_for_a_while_costs_the_saves_of_that_time(tmp_path):
+    place, away = tmp_path / "checkpoint", tmp_path / "away"
+    job = Job(place, 2, 2)
+    job.save(1)
+    place.rename(away)
+    for step in (2, 3):
+        lost = job.save(step)
+        assert not any(pending.committed for pending in lost)
+        assert "was it moved or unmounted?" in lost[0].reason
+    shutil.rmtree(place)
+    away.rename(place)
+    assert all(pending.committed for pending in job.save(4))
+    newest, first = manifests(place)
+    assert (newest.parent, newest.full) == (first.save, False)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
