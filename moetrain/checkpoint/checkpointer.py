@@ -157,21 +157,20 @@ class Checkpointer:
         """What was restored is what the next save builds on, where it can be."""
         manifest = choice.manifest
         own = choice.folder.resolve() == self._folder.path.resolve()
-        # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
-        builds_on = own and not choice.damage and not report.is_converted
+        committed = None if not own else self._newest_commit() if choice.is_in_memory else manifest
         ledger = Ledger.of_json(manifest.ledger, manifest.banks()).restored()
-        line = Line(manifest.save, manifest.index + 1, manifest.banks(), ledger)
-        self._course.continues(Line(None, manifest.index + 1) if not builds_on else self._newest_commit() if choice.is_in_memory else line)
+        # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
+        if not own or choice.damage or report.is_converted:
+            line = Line(None, manifest.index + 1)
+        elif committed is None:
+            line = Line()
+        else:  # after a recovery from memory the store is as it was before
+            held = Ledger.of_json(committed.ledger, committed.banks()) if choice.is_in_memory else ledger
+            line = Line(committed.save, committed.index + 1, committed.banks(), held)
+        self._course.continues(line)
         if ledger.banks == self._turns.banks:
             self._ledger = ledger
-        if own:
-            figures = self._turns.figures(ledger, 0)
-            self._standing.restored(manifest.seq, manifest.step, figures)
+        self._standing.restored(committed, self._turns.figures(ledger, 0))
 
-    def _newest_commit(self) -> Line:
-        """What the next save refers to when the state came from memory: the store is as it was before."""
-        points = (point for point in self._folder.history() if isinstance(point, Manifest))
-        newest = next(points, None)
-        if newest is None:
-            return Line()
-        return Line(newest.save, newest.index + 1, newest.banks(), Ledger.of_json(newest.ledger, newest.banks()))
+    def _newest_commit(self) -> Manifest | None:
+        return next((point for point in self._folder.history() if isinstance(point, Manifest)), None)

@@ -59,6 +59,7 @@ class LoadReport:
     remapped: list[str]
     damaged: list[str]
     is_converted: bool = False  # to another number type
+    is_from_memory: bool = False  # of nodes; the folder may hold only an older recovery point
     weight_ages: dict[Group, int] = field(default_factory=dict)  # as `ages`, of the weights alone
     read: dict[str, int] = field(default_factory=dict)  # bytes by source, of all ranks
 
@@ -235,7 +236,7 @@ def describe(choice: Choice, state: ModelState, world: int) -> LoadReport:
         remapped.append(f"Values are converted from {', '.join(casts)}.")
     return LoadReport(
         choice.folder, manifest.progress, manifest.seq, manifest.step, manifest.ages(), remapped, choice.damage, bool(casts),
-        manifest.weight_ages(),
+        choice.is_in_memory, manifest.weight_ages(),
     )  # fmt: skip
 
 

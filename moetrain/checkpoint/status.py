@@ -5,6 +5,7 @@ from threading import Lock
 
 from moetrain.checkpoint.job import Reply
 from moetrain.checkpoint.turns import Figures
+from moetrain.store.manifest import Manifest
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,8 @@ class Standing:
         with self._changing:
             self.now = replace(self.now, failures=self.now.failures + 1, last_failure=reason)
 
-    def restored(self, seq: int, step: int, figures: Figures) -> None:
-        """The recovery point of this folder that training goes on from."""
+    def restored(self, committed: Manifest | None, figures: Figures) -> None:
+        """Training goes on from a recovery point. `committed`: what this folder holds of it; what lay in memory may be newer."""
+        seq, step = (None, None) if committed is None else (committed.seq, committed.step)
         with self._changing:
             self.now = replace(self.now, committed_seq=seq, committed_step=step, figures=figures)

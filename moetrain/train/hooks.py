@@ -221,13 +221,11 @@ class EventHook:
 
     def on_start(self, run: Run) -> None:
         event: Record = {"event": "resume" if run.progress.step else "start", "parallel/ranks": run.world.size}
-        if self.restored is not None:
-            event["checkpoint/expert_ages"] = json.dumps(self.restored.age_rows())
-            event["checkpoint/weight_ages"] = json.dumps(self.restored.weight_age_rows())
-            event["checkpoint/bytes_read"] = json.dumps(self.restored.read)
         status = run.checkpoint.status()
+        if self.restored is not None:
+            event |= _origin(self.restored) | _lost(status)
         if status.committed_seq is not None and status.committed_step is not None:
-            event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step} | _lost(status)
+            event |= {"checkpoint/seq": status.committed_seq, "checkpoint/step": status.committed_step}
         run.sinks.log(_at(run) | event)
 
     def on_step(self, run: Run, result: StepResult) -> None:
@@ -252,6 +250,18 @@ def checkpoint_news(before: Status, now: Status) -> Record:
             facts = {"checkpoint/plt_if_fault": now.figures.if_fault, "checkpoint/experts_per_save": now.figures.experts_per_save}
             record |= _lost(now) | facts
     return record
+
+
+def _origin(restored: LoadReport) -> Record:
+    """What a start went on from, as metrics."""
+    return {
+        "checkpoint/restored_seq": restored.seq,
+        "checkpoint/restored_from": "memory" if restored.is_from_memory else "folder",
+        "checkpoint/damage": len(restored.damaged),
+        "checkpoint/expert_ages": json.dumps(restored.age_rows()),
+        "checkpoint/weight_ages": json.dumps(restored.weight_age_rows()),
+        "checkpoint/bytes_read": json.dumps(restored.read),
+    }
 
 
 def _lost(status: Status) -> Record:

@@ -51,6 +51,31 @@ def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
     assert_equal(restart(again).load()[1], expected(4))
 
 
+def test_what_came_from_memory_is_not_taken_for_committed(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(10)
+    copy(job, 17)
+    again = restart(job)
+    report, _ = again.load()
+    assert report is not None
+    assert (report.step, report.is_from_memory) == (17, True)
+    status = again.ranks[0].status()
+    assert (status.committed_step, status.committed_seq) == (10, manifests(tmp_path)[0].seq)
+    again.nodes[0].dead = True
+    again.save(20)
+    with pytest.raises(CheckpointError, match="The last good one is of step 10"):
+        again.ranks[0].finish()
+
+
+def test_without_a_commit_nothing_is_committed_after_a_recovery_from_memory(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    copy(job, 3)
+    again = restart(job)
+    report, _ = again.load()
+    assert report is not None and report.step == 3
+    assert again.ranks[0].status().committed_step is None
+
+
 def test_a_copy_that_one_rank_lacks_is_no_recovery_point(tmp_path):
     job = Job(tmp_path, 2, 2, nodes=nodes_of(2))
     job.save(1)

@@ -135,10 +135,13 @@ def test_events_say_how_a_run_began_and_ended(tmp_path: Path) -> None:
     assert start == at | {"event": "start", "parallel/ranks": 1}
     assert stop == {"train/step": 2, "train/tokens": 200, "event": "stop", "reason": "STOP file"}
     ages = {("a", 0): 0, ("a", 1): 3, ("b", 0): 3, ("b", 1): 0}
-    restored = LoadReport(tmp_path, {}, 2, 4, ages, [], [], read={"disk": 7}, weight_ages=dict.fromkeys(ages, 0))
-    resumed = Bench(tmp_path, start=4, status=Status(committed_seq=2, committed_step=4)).drive(EventHook(restored), 6)
+    restored = LoadReport(
+        tmp_path, {}, 2, 4, ages, [], ["One was damaged."], is_from_memory=True, read={"disk": 7}, weight_ages=dict.fromkeys(ages, 0)
+    )  # fmt: skip
+    resumed = Bench(tmp_path, start=4, status=Status(committed_seq=1, committed_step=3)).drive(EventHook(restored), 6)
     first, last = resumed.sink.records
-    assert (first["event"], first["checkpoint/seq"], first["checkpoint/step"]) == ("resume", 2, 4)
+    assert (first["event"], first["checkpoint/seq"], first["checkpoint/step"]) == ("resume", 1, 3)
+    assert (first["checkpoint/restored_seq"], first["checkpoint/restored_from"], first["checkpoint/damage"]) == (2, "memory", 1)
     assert json.loads(str(first["checkpoint/expert_ages"])) == [[0, 3], [3, 0]]
     assert json.loads(str(first["checkpoint/weight_ages"])) == [[0, 0], [0, 0]]
     assert json.loads(str(first["checkpoint/bytes_read"])) == {"disk": 7}
