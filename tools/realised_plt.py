@@ -5,7 +5,8 @@ python -m tools.realised_plt RUN
 Counted from three things only: the load of every step (`experts/step-*.npz`, written with telemetry.experts_every=1), the ages of what
 every start restored (its `resume` record), and the length of the run (`config.yaml`). The ledger of the checkpoints is not read. An expert
 that a recovery to step S restored as it was at step s has lost its tokens of the steps s + 1 to S: those that no later recovery goes back
-behind. What the run said of one recovery is in the record of the commit it went back to, if that was written before the fault (else nan).
+behind. What the run said of one recovery is in the record of the commit it went back to, if that was written before the fault and the
+commit is what was restored: of a newer copy in memory, or with experts in place of damaged ones, nothing was said (nan).
 """
 
 import argparse
@@ -66,10 +67,15 @@ def recoveries(records: list[Record]) -> list[Recovery]:
             said[record["checkpoint/seq"]] = number(record, "checkpoint/plt_if_fault")
         if record.get("event") == "resume" and "checkpoint/expert_ages" in record:
             ages = [np.array(json.loads(str(record[f"checkpoint/{kind}_ages"]))) for kind in ("expert", "weight")]
-            predicted = said.get(record.get("checkpoint/seq"), float("nan"))
+            predicted = said.get(record["checkpoint/restored_seq"], float("nan")) if is_as_committed(record) else float("nan")
             plts = (number(record, f"checkpoint/plt_{kind}") for kind in ("moments", "weights"))
             found.append(Recovery(int(record["train/step"]), ages[0], ages[1], predicted, *plts))
     return found
+
+
+def is_as_committed(resume: Record) -> bool:
+    """A copy in memory has the number of its save, but more experts of that step than the commit."""
+    return resume.get("checkpoint/restored_from") == "folder" and not resume.get("checkpoint/damage")
 
 
 def number(record: Record, key: str) -> float:

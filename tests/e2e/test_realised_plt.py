@@ -2,6 +2,7 @@
 
 import json
 import time
+from math import isnan
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from moetrain import cli
 from moetrain.parallel.native import TorchEngine
 from moetrain.telemetry.experts import Snapshot, load_snapshots, save_snapshot
 from tests.e2e.jobs import committed_steps, records, small_run, train_forked, train_here
-from tools.realised_plt import Recovery, count, lost, main, read
+from tools.realised_plt import Recovery, count, lost, main, read, recoveries
 
 STEPS = 20
 EVERY = 3
@@ -23,8 +24,9 @@ class PowerCut(Exception):
     pass
 
 
-def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> None:
-    """One run in this process whose engine fails in the steps of FAULTS; started until it is done.
+def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *more: str, survivals: tuple[int, ...] = ()) -> None:
+    """One run in this process whose engine fails in the steps of FAULTS; started until it is done. The node is lost with each fault but
+    those of `survivals`, after which its agent still has the copies in memory.
 
     The step before waits for the save, so that the run has said what the fault will cost.
     """
@@ -44,10 +46,11 @@ def train_with_faults(corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(TorchEngine, "step", step)
     overrides = small_run(corpus, run, STEPS, f"checkpoint.every_steps={EVERY}", "telemetry.experts_every=1", "checkpoint.keep=20", *more)
-    for _ in range(len(FAULTS)):
+    for fault in FAULTS:
         with pytest.raises(PowerCut):
             train_here(overrides, monkeypatch)
-        assert cli.main(["checkpoint", "agent", "stop", str(run)]) == 0  # the node is lost, and with it the copies in its memory
+        if fault not in survivals:
+            assert cli.main(["checkpoint", "agent", "stop", str(run)]) == 0
     assert train_here(overrides, monkeypatch) == 0
 
 
@@ -67,6 +70,17 @@ def test_predicted_and_realised_plt_agree(
     assert main([str(run)]) == 0
     assert "NOT WITHIN" not in capsys.readouterr().out
     assert committed_steps(run)[0] == STEPS
+
+
+@pytest.mark.timeout(120)
+def test_a_recovery_from_memory_costs_nothing_and_is_not_held_against_the_commit(corpus: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    train_with_faults(corpus, run, monkeypatch, survivals=FAULTS[:1])
+    first, second = rows = count(*read(run))
+    assert all(row.agrees for row in rows)
+    assert (first.alone, isnan(first.predicted)) == (0, True)
+    assert second.alone > 0 and second.predicted > 0
+    assert main([str(run)]) == 0
 
 
 @pytest.mark.timeout(120)
@@ -90,7 +104,9 @@ def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys, pair: str, l
     said = {
         "train/step": 4,
         "event": "resume",
-        "checkpoint/seq": 2,
+        "checkpoint/restored_seq": 2,
+        "checkpoint/restored_from": "folder",
+        "checkpoint/damage": 0,
         "checkpoint/expert_ages": "[[0, 2]]",
         "checkpoint/weight_ages": "[[0, 0]]",
     }
@@ -105,6 +121,21 @@ def test_what_a_run_says_wrongly_is_noticed(tmp_path: Path, capsys, pair: str, l
     assert len(load_snapshots(tmp_path)) == 3
     assert main([str(tmp_path)]) == 2
     assert "telemetry.experts_every=1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("origin", "damage", "compared"),
+    [("folder", 0, True), ("folder", 1, False), ("memory", 0, False)],
+    ids=["commit", "repaired", "memory"],
+)
+def test_only_a_commit_that_is_what_was_restored_says_what_the_recovery_costs(origin: str, damage: int, compared: bool) -> None:
+    commit = {"train/step": 4, "checkpoint/seq": 2, "checkpoint/plt_if_fault": 0.15}
+    resume = {
+        "train/step": 4, "event": "resume", "checkpoint/restored_seq": 2, "checkpoint/restored_from": origin, "checkpoint/damage": damage,
+        "checkpoint/expert_ages": "[[0]]", "checkpoint/weight_ages": "[[0]]",
+    }  # fmt: skip
+    (found,) = recoveries([commit, resume])
+    assert isnan(found.predicted) != compared
 
 
 def recovery(step: int, ages: list[int]) -> Recovery:
