@@ -17,10 +17,10 @@ from math import isnan
 from pathlib import Path
 
 import numpy as np
-import yaml
 
 from moetrain.base.errors import MoetrainError
-from moetrain.model.config import ModelConfig
+from moetrain.config.saved import CONFIG_FILE, saved_config
+from moetrain.config.schema import TrainConfig
 from moetrain.telemetry.experts import load_snapshots
 from moetrain.telemetry.record import Record, read_records
 
@@ -115,31 +115,43 @@ def count(load_SLE: np.ndarray, starts: list[Recovery], total: int) -> list[Row]
 def read(run: Path) -> tuple[np.ndarray, list[Recovery], int]:
     """Load of every step up to the last recovery, the recoveries, and the planned assignments of all layers.
 
-    Raises MoetrainError when a step was not logged by itself.
+    Raises MoetrainError when a step was not logged by itself, or this is no run.
     """
-    config = yaml.safe_load((run / "config.yaml").read_text())
+    config = config_of(run)
     starts = recoveries(read_records(run))
     last = max((start.step for start in starts), default=0)
     snapshots = {snapshot.step: snapshot.load_LE for snapshot in load_snapshots(run)}
     missing = [step for step in range(1, last + 1) if step not in snapshots]
-    if missing or config["telemetry"]["experts_every"] != 1:
+    if missing or config.telemetry.experts_every != 1:
         raise MoetrainError(f"{run} does not hold the expert load of every step.", "Train with telemetry.experts_every=1.")
-    steps = -(-config["train"]["tokens"] // config["train"]["global_batch_tokens"])
-    model = ModelConfig.from_dict(config["model"])
-    total = steps * config["train"]["global_batch_tokens"] * model.num_gatings() * model.routing.top_k
+    steps = -(-config.train.tokens // config.train.global_batch_tokens)
+    total = steps * config.train.global_batch_tokens * config.model.num_gatings() * config.model.routing.top_k
     shape = starts[0].age_LE.shape if starts else (1, 1)
     load_SLE = np.array([snapshots[step] for step in range(1, last + 1)]) if last else np.zeros((0, *shape), int)
     return load_SLE, starts, total
 
 
+def config_of(run: Path) -> TrainConfig:
+    """Raises MoetrainError when this is no run."""
+    config = saved_config(run)
+    if config is None:
+        raise MoetrainError(f"{run} is no run: it has no {CONFIG_FILE}.", "Give the folder of a run: runs/<name>.")
+    return config
+
+
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Counts what recoveries took out of experts; exit status 1: not what the run said.")
+    parser = argparse.ArgumentParser(
+        description="Counts what recoveries took out of experts; exit status 1: not what the run said, 2: it cannot be counted."
+    )
     parser.add_argument("run", type=Path, help="run folder")
     options = parser.parse_args(arguments)
     try:
+        if not config_of(options.run).model.num_gatings():
+            print(f"{options.run} has no experts: a recovery loses nothing.")
+            return 0
         rows = count(*read(options.run))
     except MoetrainError as error:
-        print(f"{error.message} {error.hint}", file=sys.stderr)
+        print(error, file=sys.stderr)
         return 2
     print("step  this recovery: realised predicted   moments so far: realised said   weights so far: realised said")
     for row in rows:

@@ -138,6 +138,14 @@ def test_only_a_commit_that_is_what_was_restored_says_what_the_recovery_costs(or
     assert isnan(found.predicted) != compared
 
 
+def test_a_run_without_experts_loses_nothing_and_what_is_no_run_is_a_sentence(tmp_path: Path, capsys) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"model": {"num_layers": 2, "pattern": ["dense"]}}))
+    assert main([str(tmp_path)]) == 0
+    assert "has no experts" in capsys.readouterr().out
+    assert main([str(tmp_path / "none")]) == 2
+    assert "is no run" in capsys.readouterr().err
+
+
 def recovery(step: int, ages: list[int]) -> Recovery:
     age_LE = np.array([ages])
     return Recovery(step, age_LE, age_LE, 0.0, 0.0, 0.0)
