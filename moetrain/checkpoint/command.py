@@ -17,7 +17,7 @@ from moetrain.store.manifest import Group, Manifest
 from moetrain.store.objects import CheckpointFolder, place_of, resolve
 
 POINT = "a number as `list` shows them under seq, or the name of a pin"
-TAKE_OVER = "do it although a job may be writing there: such a job cannot commit any more and stops"
+TAKE_OVER = "do it although a job may be writing there, on another machine or in another container too: it cannot commit any more and stops"
 
 
 def add_parsers(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:

@@ -8,9 +8,7 @@ pins/<name>@<save>                        a recovery point that no sweep removes
 """
 
 import json
-import os
 import secrets
-import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -21,6 +19,8 @@ from moetrain.store.backend import Backend, Item, is_s3, open_backend
 from moetrain.store.encode import DATA, METADATA, ArrayReader, Encoded
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId, seal, unseal
+from moetrain.store.owner import Owner
+from moetrain.store.parsing import parsing
 from moetrain.store.pins import Pins
 from moetrain.store.sweep import Sweep
 
@@ -55,7 +55,7 @@ class CheckpointFolder:
         """
         try:
             self.io.prepare([self._claims, self._manifests, self._objects, self._receipts])
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "time": now, "token": secrets.token_hex(8)}
+            owner = Owner.of_this_process(now).to_json()
             epoch = self.newest_epoch() + 1
             while True:
                 try:
@@ -268,18 +268,18 @@ class CheckpointFolder:
             raise CheckpointError(f"{owner} may be writing to {self.path}.", hint)
 
     def _owner(self) -> str | None:
-        """The job that has the newest claim, unless it is known to have ended."""
+        """The job that has the newest claim, unless it is known not to write any more."""
         epoch = self.newest_epoch()
         if not epoch:
             return None
         path = self._claims / f"{epoch:06d}"
         try:
-            owner = unseal(self.io.read(path), str(path))
+            found = unseal(self.io.read(path), str(path))
+            with parsing(str(path)):
+                owner = Owner(**found)
         except (OSError, CheckpointError):
             return f"The owner of epoch {epoch}"
-        if owner["host"] == socket.gethostname() and (owner["pid"] == os.getpid() or not Path(f"/proc/{owner['pid']}").exists()):
-            return None
-        return f"Process {owner['pid']} on {owner['host']}"
+        return None if owner.is_known_not_to_write() else str(owner)
 
 
 def _item(label: str, encoded: Encoded) -> Item:

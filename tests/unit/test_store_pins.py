@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -11,8 +13,11 @@ from moetrain.base.errors import CheckpointError
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId, seal
 from moetrain.store.objects import CheckpointFolder, Superseded
+from moetrain.store.owner import Owner
 from tests.unit.crash_fs import CrashStates, MemoryFs, paths
 from tests.unit.test_store_objects import committed, manifest, objects
+
+ROOT = Path(__file__).parents[2]
 
 
 class Killed(Exception):
@@ -138,6 +143,53 @@ def test_prune_leaves_the_folder_of_a_job_that_may_be_alive(folder, host, pid):
     assert len(folder.saves()) == 2
     folder.prune(1, take_over=True)
     assert len(folder.saves()) == 1
+
+
+def claimed_by(folder: CheckpointFolder, owner: dict) -> None:
+    for seq in (1, 2):
+        committed(folder, SaveId(1, seq))
+    (folder.path / "claims" / "000002").write_bytes(seal(json.dumps(owner).encode()))
+
+
+def claim_of_an_ended_process() -> dict:
+    program = "import json; from moetrain.store.owner import Owner; print(json.dumps(Owner.of_this_process(0.0).to_json()))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"boot": "another"}, {"namespace": "pid:[1]"}, {"started": ""}, {"namespace": ""}],
+    ids=["another boot", "another container", "start not read", "namespace not read"],
+)
+def test_a_job_that_cannot_be_seen_from_here_is_not_taken_for_ended(folder, change):
+    claimed_by(folder, claim_of_an_ended_process() | change)
+    with pytest.raises(CheckpointError, match="may be writing to"):
+        folder.prune(1)
+
+
+def test_a_claim_of_an_older_version_tells_too_little_to_know_that_its_job_has_ended(folder):
+    claimed_by(folder, {name: value for name, value in claim_of_an_ended_process().items() if name in ("host", "pid", "time", "token")})
+    with pytest.raises(CheckpointError, match=r"Process \d+ on .* may be writing to"):
+        folder.prune(1)
+
+
+def test_prune_takes_the_folder_of_a_process_that_ended_here(folder):
+    claimed_by(folder, claim_of_an_ended_process())
+    folder.prune(1)
+    assert len(folder.saves()) == 1
+
+
+@pytest.mark.parametrize(("started", "is_alive"), [(None, True), ("1", False)], ids=["the same process", "a later one of that number"])
+def test_a_process_is_known_by_its_start_and_not_by_its_number(folder, started, is_alive):
+    with subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE) as running:
+        stat = Path(f"/proc/{running.pid}/stat").read_text()
+        claimed_by(folder, Owner.of_this_process(0.0).to_json() | {"pid": running.pid, "started": started or stat.split()[21]})
+        if is_alive:
+            with pytest.raises(CheckpointError, match=f"Process {running.pid}"):
+                folder.prune(1)
+        else:
+            folder.prune(1)
 
 
 def test_a_coordinator_that_slept_during_a_sweep_removes_no_object_of_its_successor(folder):
