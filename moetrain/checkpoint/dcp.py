@@ -15,7 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +42,7 @@ from moetrain.store.objects import CheckpointFolder
 
 KEYS = {"master": "model.{}", "m": "optimizer.state.{}.exp_avg", "v": "optimizer.state.{}.exp_avg_sq", "step": "optimizer.state.{}.step"}
 FACTS = "moetrain"
+FORM = "It must be named as `moetrain checkpoint convert --to dcp` names it, the string `moetrain` included."
 METADATA = ".metadata"  # written last: a folder without it is no checkpoint
 
 Written = dict[MetadataIndex, _StorageInfo]
@@ -53,7 +54,7 @@ Find = Callable[[set[Path]], dict[Path, Written]]
 @dataclass(frozen=True)
 class Facts:
     """What DCP has no place for. `banks`: parameter names and number of experts; `steps`: per bank and component the training step
-    of every expert's values."""
+    of every expert's values; `keys`: every tensor that belongs to it, none in checkpoints of older versions."""
 
     save: str
     step: int
@@ -63,19 +64,22 @@ class Facts:
     ledger: dict
     banks: dict[str, dict]
     steps: dict[str, dict[str, list[int]]]
+    keys: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, point: Manifest) -> "Facts":
         banks: dict[str, dict] = {bank: {"experts": count, "names": []} for bank, count in point.banks().items()}
         steps: dict[str, dict[str, list[int]]] = {bank: {} for bank in banks}
+        keys = set[str]()
         for tensor in freshest(point):
+            keys.add(KEYS[tensor.component].format(tensor.name))
             if tensor.bank is None or tensor.expert is None:
                 continue
             if tensor.name not in banks[tensor.bank]["names"]:
                 banks[tensor.bank]["names"].append(tensor.name)
             row = steps[tensor.bank].setdefault(tensor.component, [point.step] * banks[tensor.bank]["experts"])
             row[tensor.expert] = min(row[tensor.expert], point.step_of(tensor))
-        return cls(str(point.save), point.step, point.index, point.mode, point.progress, point.ledger, banks, steps)
+        return cls(str(point.save), point.step, point.index, point.mode, point.progress, point.ledger, banks, steps, sorted(keys))
 
     def text(self) -> str:
         return json.dumps(asdict(self))

@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from moetrain.base.checksum import crc32c
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.dcp import FACTS, KEYS, Facts, read_metadata
+from moetrain.checkpoint.dcp import FACTS, FORM, Facts, read_metadata
+from moetrain.checkpoint.dcp_whole import check_facts, check_keys, parse
 from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
@@ -27,7 +28,6 @@ from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
 from moetrain.store.objects import CheckpointFolder
 
 OBJECT_BYTES = 256 << 20  # what belongs to no expert is cut into objects of about this size
-FORM = "It must be named as `moetrain checkpoint convert --to dcp` names it, the string `moetrain` included."
 
 
 class DcpFolder:
@@ -51,9 +51,13 @@ class DcpFolder:
         planner = _Into()
         self._read(ReadItem(LoadItemType.BYTE_IO, index, torch.Size((0,)), index, torch.Size((0,)), torch.Size((0,))), planner)
         try:
-            return Facts(**json.loads(torch.load(BytesIO(planner.data), weights_only=True)))
-        except Exception as error:
+            facts = Facts(**json.loads(torch.load(BytesIO(planner.data), weights_only=True)))
+            check_facts(facts)
+        except ValueError as error:
+            raise CheckpointError(f"The entry {FACTS} of {self.path} is damaged: {error}.", FORM) from error
+        except Exception as error:  # somebody may have put anything there
             raise CheckpointError(f"The entry {FACTS} of {self.path} is damaged: {error!r}.", FORM) from error
+        return facts
 
     def box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """A box of a tensor, in the type that the checkpoint gives it. Raises CheckpointError when it is not covered or unreadable."""
@@ -136,9 +140,11 @@ def read_into(folder: CheckpointFolder, source: DcpFolder, clock: Clock) -> Mani
     """Commits what the DCP checkpoint holds as the newest recovery point of the folder, which is claimed. A run can resume from it.
 
     One expert (or 256 MB of all else) is in memory at a time, more where a chunk holds several experts.
-    Raises CheckpointError when something is missing or unreadable: the folder then has the recovery points it had.
+    Raises CheckpointError when something is missing or unreadable: the folder then has the recovery points it had, and when a whole
+    tensor is missing it is not even claimed.
     """
     facts = source.facts()
+    check_keys(facts, source.tensors().keys(), source.path)
     batches = list(_batches(_sources(source, facts)))
     save = folder.claim(clock.now())
     job = SaveJob(
@@ -162,7 +168,7 @@ def _sources(source: DcpFolder, facts: Facts) -> Iterator[Source]:
     """Every logical tensor that the checkpoint holds, stacks of experts taken apart."""
     bank_of = {name: bank for bank, about in facts.banks.items() for name in about["names"]}
     for key, entry in source.tensors().items():
-        name, component = _parse(key, source.path)
+        name, component = parse(key, source.path)
         dtype, shape = str(entry.properties.dtype).removeprefix("torch."), tuple(entry.size)
         bank = bank_of.get(name)
         if bank is None:
@@ -172,15 +178,6 @@ def _sources(source: DcpFolder, facts: Facts) -> Iterator[Source]:
             raise CheckpointError(f"{key} has the shape {list(shape)}, but {bank} has {facts.banks[bank]['experts']} experts.", FORM)
         for expert, step in enumerate(facts.steps[bank][component]):
             yield Source(_part(name, component, bank, expert, dtype, shape[1:]), key, step)
-
-
-def _parse(key: str, path: Path) -> tuple[str, str]:
-    """Name and component of a DCP tensor."""
-    for component, form in KEYS.items():
-        before, after = form.split("{}")
-        if key.startswith(before) and key.endswith(after):
-            return key.removeprefix(before).removesuffix(after), component
-    raise CheckpointError(f"{path} holds {key}, which is no tensor of a recovery point.", FORM)
 
 
 def _part(name: str, component: str, bank: str | None, expert: int | None, dtype: str, shape: Shape) -> Part:

@@ -1,6 +1,7 @@
 """Recovery points as DCP checkpoints that its stock reader loads, and back."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from moetrain.base.clock import SystemClock
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import CheckpointConfig
-from moetrain.checkpoint.dcp import KEYS, METADATA, Tree, freshest, path_of, write_whole
+from moetrain.checkpoint.dcp import KEYS, METADATA, Facts, Tree, freshest, path_of, write_whole
 from moetrain.checkpoint.dcp_import import DcpFolder, read_into
+from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.recover import agreed_choice, alone, restore
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
@@ -360,6 +362,69 @@ def test_what_is_no_recovery_point_is_refused_in_a_sentence(folder: CheckpointFo
     (tmp_path / "other" / METADATA).write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="is damaged"):
         DcpFolder(tmp_path / "other")
+
+
+FIRST_EXPERTS = f"model.{BANKS[0]}.down_proj"
+LACKING = {
+    "the optimizer": lambda key: key.startswith("optimizer."),
+    "moments of something dense": lambda key: key == "optimizer.state.embedding.weight.exp_avg",
+    "weights of experts": lambda key: key == FIRST_EXPERTS,
+    "a component of experts": lambda key: BANKS[1] in key and key.endswith(".exp_avg_sq"),
+}
+
+
+def written_again(folder: CheckpointFolder, tmp_path: Path, facts: dict, lacks: Callable[[str], bool] = lambda key: False) -> Path:
+    """The newest recovery point as another program might have saved it: without some tensors, and with other `facts`."""
+    point = points(folder)[-1]
+    write_whole(folder, point, tmp_path / "ours")
+    flat = load(tmp_path / "ours", stacked(expected(30, versions(point))))
+    kept = {key: value for key, value in flat.items() if not lacks(key)}
+    said = {"moetrain": json.dumps(facts_of(point) | facts)}
+    state_dict_saver.save(nested_of(kept) | said, storage_writer=FileSystemWriter(tmp_path / "theirs"), no_dist=True)
+    return tmp_path / "theirs"
+
+
+def facts_of(point: Manifest) -> dict:
+    return json.loads(Facts.of(point).text())
+
+
+@pytest.mark.parametrize("facts", [{}, {"keys": []}], ids=["ours", "of an older version"])
+@pytest.mark.parametrize("lacks", LACKING.values(), ids=LACKING.keys())
+def test_what_lacks_a_tensor_is_refused_before_the_folder_is_claimed(folder, tmp_path: Path, facts: dict, lacks: Callable[[str], bool]):
+    path = written_again(folder, tmp_path, facts, lacks)
+    with pytest.raises(CheckpointError, match="is not a whole recovery point: it lacks"):
+        read_back(path, tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_facts_of_an_older_version_are_enough_for_what_is_whole(folder: CheckpointFolder, tmp_path: Path):
+    newest = points(folder)[-1]
+    read_back(written_again(folder, tmp_path, {"keys": []}), tmp_path / "fresh")
+    report, found = Job(tmp_path / "fresh" / "checkpoint", 1, 1).load("must")
+    assert report is not None and report.ages == newest.ages()
+    assert_equal(found, expected(30, versions(newest)))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda facts: facts.update(mode="nonsense"), "its mode is nonsense, which is none of experts, weights16, moments, full"),
+        (lambda facts: facts["steps"][BANKS[0]]["m"].pop(), "has 4 experts, and the steps of their m are"),
+        (lambda facts: facts["steps"][BANKS[0]].pop("m"), "does not say of which step the experts in .* are"),
+        (lambda facts: facts["steps"].pop(BANKS[0]), "is damaged: KeyError"),
+        (lambda facts: facts.update(banks=None), "is damaged: AttributeError"),
+        (lambda facts: facts.update(step="late"), "its steps are no numbers"),
+        (lambda facts: facts.update(keys=[1]), "its names are no texts"),
+        (lambda facts: facts.update(ledger=Ledger.of_banks({BANKS[0]: 3}).to_json()), "its ledger counts other experts"),
+    ],
+    ids=["mode", "short row", "no component", "no bank", "no banks", "step", "keys", "ledger"],
+)
+def test_facts_that_cannot_be_are_a_sentence_before_the_folder_is_claimed(folder, tmp_path: Path, change: Callable, sentence: str):
+    facts = facts_of(points(folder)[-1])
+    change(facts)
+    with pytest.raises(CheckpointError, match=sentence):
+        read_back(written_again(folder, tmp_path, facts), tmp_path / "fresh")
+    assert not (tmp_path / "fresh").exists()
 
 
 def test_an_unreadable_file_ends_the_reading_and_commits_nothing(folder: CheckpointFolder, tmp_path: Path):
