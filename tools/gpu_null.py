@@ -16,11 +16,11 @@ import torch
 from moetrain.dist import comm
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
-from moetrain.parallel.timing import Stopwatch
+from moetrain.parallel.timing import Stopwatch, stopwatch
 from tools.checkpoint_figures import with_interval
 from tools.gpu_link import pretended_axis
 from tools.gpu_overlap import WIDE, no_collection
-from tools.gpu_unit import RANKS, REFERENCE, DeviceUnit, check_against_float64, stopwatch
+from tools.gpu_unit import RANKS, REFERENCE, DeviceUnit, check_against_float64
 from tools.overlap_cases import SCMOE, SMALL, Size
 from tools.overlap_figures import interval
 from tools.overlap_unit import Lap, relative

@@ -15,10 +15,11 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from moetrain.dist.transport import Null, Transport
+from moetrain.parallel.timing import stopwatch
 from tools import overlap_figures
 from tools.bench_experts import now
 from tools.gpu_link import AtOnce, EmulatedLink, pretended_axis
-from tools.gpu_unit import RANKS, REFERENCE, DeviceUnit, check_against_float64, stopwatch
+from tools.gpu_unit import RANKS, REFERENCE, DeviceUnit, check_against_float64
 from tools.overlap_arms import Noting, Shipment
 from tools.overlap_cases import EXCHANGE, NULL, OVERLAPPED, REST, SERIAL, SMALL, TOP_2, Run, Size, num_operators, opponents
 from tools.overlap_unit import Lap, relative

@@ -7,12 +7,11 @@ model in which every rank has the same experts computes the same, and that is wh
 import torch
 from torch import Tensor
 
-from moetrain.base.clock import SystemClock
 from moetrain.dist.mesh import Axis
 from moetrain.dist.transport import Null
 from moetrain.model.context import Timer, untimed
 from moetrain.model.experts import Experts
-from moetrain.parallel.timing import DeviceStopwatch, HostStopwatch, Recorder, Stopwatch
+from moetrain.parallel.timing import Recorder, stopwatch
 from moetrain.telemetry.lanes import GRADIENT
 from tools.bench_experts import now
 from tools.overlap_cases import REST, Size
@@ -103,7 +102,3 @@ def check_against_float64(unit: DeviceUnit) -> float:
 
 def is_of_experts(unit: Unit, name: str) -> bool:
     return isinstance(unit.gpt.get_submodule(name.rpartition(".")[0]), Experts)
-
-
-def stopwatch(device: torch.device) -> Stopwatch:
-    return DeviceStopwatch() if device.type == "cuda" else HostStopwatch(SystemClock())

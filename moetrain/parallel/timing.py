@@ -63,6 +63,11 @@ class DeviceStopwatch:
         return [self._taken[0].elapsed_time(event) / 1e3 for event in self._taken]
 
 
+def stopwatch(device: torch.device, clock: Clock | None = None) -> Stopwatch:
+    """The one that is right where `device` computes."""
+    return DeviceStopwatch() if device.type == "cuda" else HostStopwatch(clock or SystemClock())
+
+
 @dataclass
 class _Flight:
     """Moments of one exchange; `end` is the first at which it was seen complete."""
@@ -87,7 +92,7 @@ class Recorder:
         self.serial = serial
         self._transport = Blocking(transport) if serial else transport
         self._on_host = device.type != "cuda"
-        self._stopwatch: Stopwatch = HostStopwatch(clock or SystemClock()) if self._on_host else DeviceStopwatch()
+        self._stopwatch = stopwatch(device, clock)
         self._flights: list[_Flight] = []
         self._open: list[tuple[_Flight, Work]] = []
         self._computations: list[tuple[str, Moment]] = []  # each ends at the next moment taken

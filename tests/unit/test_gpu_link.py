@@ -12,11 +12,12 @@ from torch import Tensor
 from moetrain.dist.comm import Exchange
 from moetrain.dist.mesh import Axis
 from moetrain.dist.transport import Null, Work
+from moetrain.parallel.timing import stopwatch
 from tools import gpu_link
 from tools.gpu_link import PIECE_BYTES, AtOnce, CopyEngines, EmulatedLink, Landed, UnderWay, filler_pieces, pretended_axis
 from tools.gpu_null import Calls
 from tools.gpu_overlap import POINTS, Bench, Point
-from tools.gpu_unit import DeviceUnit, check_against_float64, stopwatch
+from tools.gpu_unit import DeviceUnit, check_against_float64
 from tools.overlap_cases import NULL, OVERLAPPED, SCMOE, SMALL, Run
 from tools.overlap_unit import Lap
 
