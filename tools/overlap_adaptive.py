@@ -5,22 +5,25 @@ Both use the planner as the engine does: a step is a lap of a unit, every decisi
 
 import statistics
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from moetrain.model.context import Timer
 from moetrain.model.schedule import Schedule
 from moetrain.parallel.config import OverlapConfig
 from moetrain.parallel.observer import StepObserver
 from moetrain.parallel.planner import MOST_STEPS, WARM_UP, OverlapPlanner
+from moetrain.parallel.trial import num_steps
 from tools.overlap_arms import Arms
 from tools.overlap_cases import OVERLAPPED, SCMOE, SHARED, SMALL, Size, num_operators
 from tools.overlap_figures import best_over_best
 from tools.overlap_unit import Lap, Unit
 
 MAX_CHUNKS = 2
-PLAN_STEPS = WARM_UP + 2 * MOST_STEPS  # a measurement in one chunk, one in more
+PLAN_STEPS = WARM_UP + MOST_STEPS + num_steps(MAX_CHUNKS)  # a measurement, and a trial of one chunk and two
 CASES = (
     (SCMOE, Size(ffn=352)),
     (SCMOE, Size()),
@@ -42,13 +45,21 @@ class Stepper:
         with arms.use(OVERLAPPED):
             self.unit.decide(evenly, arms.axis.index)
         config = OverlapConfig(slot=0, chunks=0, max_chunks=MAX_CHUNKS)
-        self._observer = StepObserver(OverlapPlanner(config, self.unit.routed, arms.axis.world), arms.axis)
+        self.ran = self.slots  # in the last step; afterwards the planner may have chosen others
+        self.planner = OverlapPlanner(config, self.unit.routed, arms.axis.world)
+        self._observer = StepObserver(self.planner, arms.axis)
 
     def step(self) -> float:
-        """Seconds, of the slower rank."""
-        axis = self.arms.axis
-        with self.arms.use(OVERLAPPED), self._observer.step() as timer:
-            lap = self.unit.lap(axis.index, self.arms.barrier, timer=timer)
+        """Seconds, of the slower rank. The observer sees the passes alone, as in the engine, not what prepares them."""
+        axis, timers = self.arms.axis, list[Timer]()
+        with self.arms.use(OVERLAPPED), ExitStack() as passes:
+
+            def start() -> None:
+                self.arms.barrier()
+                timers.append(passes.enter_context(self._observer.step()))
+
+            lap = self.unit.lap(axis.index, start, timer=lambda name, operator, *inputs: timers[0](name, operator, *inputs))
+        self.ran = self.slots
         waited, seconds = axis.sum_(torch.tensor([self._observer.waited_seconds(), lap.seconds], dtype=torch.float64)).tolist()
         self._observer.finish(waited / seconds)
         return self.slower(lap)
@@ -141,8 +152,8 @@ def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> d
 
 
 def _noted(stepper: Stepper) -> dict[str, object]:
-    slots = stepper.slots
-    return {"slots": name(slots), "seconds": stepper.step()}
+    seconds = stepper.step()
+    return {"slots": name(stepper.ran), "seconds": seconds}
 
 
 def change_summary(found: list[dict]) -> dict[str, object]:

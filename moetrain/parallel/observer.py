@@ -1,38 +1,51 @@
-"""One step after the other, recorded where the plan or a profile asks for it. Between steps the link is as it was."""
+"""One step after the other, recorded or timed where the plan or a profile asks for it. Between steps the link is as it was."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from moetrain.base.clock import Clock
 from moetrain.dist.mesh import Axis
 from moetrain.model.context import Timer, untimed
-from moetrain.parallel.planner import OverlapPlanner
-from moetrain.parallel.timing import Recorder
+from moetrain.parallel.planner import OverlapPlanner, Role
+from moetrain.parallel.timing import Recorder, Stopwatch, stopwatch
 from moetrain.telemetry.lanes import Lanes
 
 
 class StepObserver:
     """Every rank makes the same calls: forward and backward of a step inside `step`, then `finish`."""
 
-    def __init__(self, planner: OverlapPlanner, axis: Axis) -> None:
-        self.planner, self.axis = planner, axis
+    def __init__(self, planner: OverlapPlanner, axis: Axis, clock: Clock | None = None) -> None:
+        self.planner, self.axis, self._clock = planner, axis, clock
         self._asked: bool | None = None  # serial?
         self._recorder: Recorder | None = None
+        self._stopwatch: Stopwatch | None = None  # of a step that is tried
 
     def ask(self, serial: bool) -> None:
-        """The lanes of the next step are wanted. A measurement for the plan waits until nobody asks."""
+        """The lanes of the next step are wanted. A measurement or a trial for the plan waits until nobody asks."""
         self._asked = serial
 
     @contextmanager
     def step(self) -> Iterator[Timer]:
         """The timer of the step's forward passes."""
-        link = self.axis.link
-        link.take()  # of evaluation and samples
-        measures = self._asked is None and self.axis.size > 1 and self.planner.begin()
-        if self._asked is None and not measures:
+        self.axis.link.take()  # of evaluation and samples
+        is_asked = self._asked is not None
+        role = Role.WATCHED if is_asked or self.axis.size == 1 else self.planner.begin()
+        if is_asked or role is Role.MEASURED:
+            with self._recorded(serial=self._asked is not False) as recorder:
+                yield recorder
+        elif role is Role.TRIED:
+            self._stopwatch = stopwatch(self.axis.world.device, self._clock)
+            self._stopwatch.take()
             yield untimed
-            return
+            self._stopwatch.take()
+        else:
+            yield untimed
+
+    @contextmanager
+    def _recorded(self, serial: bool) -> Iterator[Recorder]:
+        link = self.axis.link
         transport = link.transport
-        link.transport = self._recorder = Recorder(transport, self.axis.world.device, self._asked is not False)
+        link.transport = self._recorder = Recorder(transport, self.axis.world.device, serial, self._clock)
         try:
             yield self._recorder
         finally:
@@ -43,15 +56,18 @@ class StepObserver:
         return sum(traffic.waited_seconds for traffic in self.axis.link.take().values())
 
     def finish(self, waited_share: float) -> Lanes | None:
-        """Lets the planner learn; a collective after a step that it measured. Returns the lanes if they were asked for.
+        """Lets the planner learn; a collective after a step that it measured or tried. Returns the lanes if they were asked for.
 
         waited_share: of the time of all ranks, what they waited for exchanges; the same number on every rank.
         """
         recorder, self._recorder, asked, self._asked = self._recorder, None, self._asked, None
-        if recorder is None:
-            self.planner.watch(waited_share)
-            return None
-        if asked is not None:
+        tried, self._stopwatch = self._stopwatch, None
+        if recorder is not None and asked is not None:
             return recorder.lanes()
-        self.planner.learn(recorder.lanes())
+        if recorder is not None:
+            self.planner.learn(recorder.lanes())
+        elif tried is not None:
+            self.planner.compare(tried.seconds()[-1])
+        else:
+            self.planner.watch(waited_share)
         return None

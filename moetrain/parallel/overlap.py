@@ -4,7 +4,7 @@ One queue computes, the other moves bytes; each does one thing at a time, in the
 exchanges of the forward pass; here forward and backward are simulated together, because one order of autograd nodes decides both.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from statistics import median
@@ -24,25 +24,13 @@ class TripTimes:
     experts: float  # with the permutations around them
     to_experts: float
     from_experts: float
-    chunk_experts: float = 0.0  # what every chunk after the first adds to `experts`
-    chunk_exchange: float = 0.0  # what it adds to each exchange
 
     def chunk(self, num_chunks: int) -> tuple[float, float, float]:
-        """Of one of `num_chunks`: to the experts, there, and back."""
-        more = num_chunks - 1
-        exchange = more * self.chunk_exchange
-        whole = (self.to_experts + exchange, self.experts + more * self.chunk_experts, self.from_experts + exchange)
-        return whole[0] / num_chunks, whole[1] / num_chunks, whole[2] / num_chunks
+        """Of one of `num_chunks`, as if chunks cost nothing: to the experts, there, and back."""
+        return self.to_experts / num_chunks, self.experts / num_chunks, self.from_experts / num_chunks
 
     def on_link(self, slower: float) -> "TripTimes":
         return replace(self, to_experts=self.to_experts * slower, from_experts=self.from_experts * slower)
-
-    def against(self, chunked: "TripTimes", num_chunks: int) -> "TripTimes":
-        """These times, measured in one chunk, with the cost of a chunk that the same trip in `num_chunks` > 1 chunks shows."""
-        experts = chunked.experts - self.experts
-        exchange = (chunked.to_experts + chunked.from_experts - self.to_experts - self.from_experts) / 2
-        more = num_chunks - 1
-        return replace(self, chunk_experts=max(experts / more, 0.0), chunk_exchange=max(exchange / more, 0.0))
 
 
 @dataclass(frozen=True)
@@ -78,16 +66,6 @@ class OperatorTimes:
         """With exchanges `slower` times as long."""
         passes = [replace(its, trips=tuple(trip.on_link(slower) for trip in its.trips)) for its in (self.forward, self.backward)]
         return OperatorTimes(*passes)
-
-    def against(self, chunked: "OperatorTimes", num_chunks: int) -> "OperatorTimes":
-        """See TripTimes.against."""
-        pairs = (self.forward, chunked.forward), (self.backward, chunked.backward)
-        return OperatorTimes(
-            *(
-                replace(one, trips=tuple(trip.against(its, num_chunks) for trip, its in zip(one.trips, many.trips, strict=True)))
-                for one, many in pairs
-            )
-        )
 
 
 class Act(Enum):
@@ -149,20 +127,32 @@ def _run(acts: Program, times: PassTimes, num_chunks: int) -> float:
     return computed
 
 
-def choose(times: OperatorTimes, max_chunks: int, min_chunks: int = 1, slot: int = 0) -> Schedule:
-    """The fastest schedule with min_chunks..max_chunks chunks, by trying all; `slot` > 0 fixes the slot (at most the last one).
+def choose(times: OperatorTimes, num_chunks: int, slot: int = 0) -> Schedule:
+    """The fastest schedule in so many chunks, by trying all; `slot` > 0 fixes the slot (at most the last one).
 
-    Among those within SLACK of it: the fewest chunks, then the least seconds on a link that is slower by CAUTION.
+    Among those within SLACK of it: the least seconds on a link that is slower by CAUTION.
     """
-    fixed = min(slot, times.num_operators + 1)
-    numbers = range(min_chunks, max_chunks + 1)
-    every = [schedule for num_chunks in numbers for schedule in Schedule.every(times.num_operators, num_chunks)]
-    schedules = [schedule for schedule in every if not slot or set(schedule.slots) == {fixed}]
+    if slot:
+        return Schedule((min(slot, times.num_operators + 1),) * num_chunks)
+    schedules = list(Schedule.every(times.num_operators, num_chunks))
     seconds = [simulate(times, schedule) for schedule in schedules]
     limit = min(seconds) * (1 + SLACK)
     near = [schedule for schedule, its in zip(schedules, seconds, strict=True) if its <= limit]
     slower = times.on_link(CAUTION)
-    return min(near, key=lambda schedule: (schedule.num_chunks, simulate(slower, schedule)))
+    return min(near, key=lambda schedule: simulate(slower, schedule))
+
+
+def candidates(times: OperatorTimes, numbers: Sequence[int], slot: int = 0) -> list[Schedule]:
+    """For each of these numbers of chunks, the least first, its fastest schedule; the one before where more chunks promise no gain.
+
+    A chunk is simulated as if it cost nothing, so a gain is a promise, and its absence final.
+    """
+    found = [choose(times, numbers[0], slot)]
+    for number in numbers[1:]:
+        more = choose(times, number, slot)
+        pays = simulate(times, more) < (1 - SLACK) * simulate(times, found[-1])
+        found.append(more if pays else found[-1])
+    return found
 
 
 class Drift:

@@ -9,7 +9,9 @@ from torch import Tensor
 from moetrain.dist.mesh import Axis, Mesh
 from moetrain.dist.transport import PointToPoint, Work
 from moetrain.dist.world import World
+from moetrain.parallel.planner import MOST_STEPS, WARM_UP, Role
 from tests.kit import run_ranks
+from tools.overlap_adaptive import MAX_CHUNKS, PLAN_STEPS, Stepper
 from tools.overlap_arms import Arms, counted
 from tools.overlap_cases import GROUPS, OVERLAPPED, SCMOE, SERIAL, SMALL, TOP_2, Run
 from tools.overlap_rank import Job, Laps, laps
@@ -30,6 +32,7 @@ def everything(world: World) -> dict:
         "exchanges": exchanges(arms),
         "transport": transport(arms, 1),
         "wrong": with_a_wrong_transport(arms),
+        "planned": planned(arms),
     }
 
 
@@ -69,6 +72,16 @@ def exchanges(arms: Arms) -> list[list[tuple[str, int]]]:
     return [[(one.name, one.bytes_out(arms.axis.index)) for one in part] for part in parts]
 
 
+def planned(arms: Arms) -> tuple[list[tuple[int, ...]], Role]:
+    """What ran in the steps in which the bench lets the planner choose, and the schedule after them; what the next step would be."""
+    stepper = Stepper(SCMOE, SMALL, arms, True)
+    ran = []
+    for _ in range(PLAN_STEPS):
+        assert stepper.step() > 0
+        ran.append(stepper.ran)
+    return [*ran, stepper.slots], stepper.planner.begin()
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("routing", ["even", "real"])
 def test_every_run_is_right_and_timed_in_all_its_parts(found: list[dict], routing: str) -> None:
@@ -104,6 +117,15 @@ def test_all_to_alls_alone_are_measured_beside_one_stream(found: list[dict]) -> 
     ways = summary([rank["transport"] for rank in found])["ways"]
     assert isinstance(ways, dict) and len(ways) == 7
     assert all(row["of the line"] > 0 for name, row in ways.items() if name != "one way")
+
+
+@pytest.mark.dist
+def test_the_planner_has_chosen_when_the_bench_compares(found: list[dict]) -> None:
+    """After a measurement in one chunk; in what then, the times of this machine say."""
+    assert found[0]["planned"] == found[1]["planned"]
+    slots, role = found[0]["planned"]
+    assert role is Role.WATCHED
+    assert {len(its) for its in slots[: WARM_UP + MOST_STEPS]} == {1} and len(slots[-1]) <= MAX_CHUNKS
 
 
 @pytest.mark.parametrize("top_k", [1, 2])

@@ -16,9 +16,12 @@ from moetrain.parallel.block_times import Site, visits
 from moetrain.parallel.config import EngineConfig, OverlapConfig, ParallelConfig
 from moetrain.parallel.engine import StepResult
 from moetrain.parallel.native import TorchEngine
+from moetrain.parallel.observer import StepObserver
 from moetrain.routing.config import RoutingConfig
 from moetrain.telemetry.lanes import Lanes
+from tests.clock import FakeClock
 from tests.kit import run_ranks
+from tests.unit.overlap_kit import serial_lanes, shaped
 
 VOCABULARY, LENGTH = 31, 16
 Values = list[torch.Tensor]
@@ -92,6 +95,71 @@ def all_ways(world: World, pattern: list[str], recompute: bool) -> list[list]:
 def test_measured_and_observed_steps_are_bit_equal_and_ranks_plan_alike(tmp_path: Path, pattern: list[str], recompute: bool) -> None:
     first, second = run_ranks(all_ways, 2, tmp_path, pattern, recompute)
     assert first == second
+
+
+class ByChunks(FakeClock):
+    """Between two looks at it as many seconds pass as are said for the chunks in which this block runs."""
+
+    def __init__(self, block: RoutedBlock, seconds: dict[int, float]) -> None:
+        super().__init__()
+        self.block, self.by_number = block, seconds
+
+    def monotonic(self) -> float:
+        self.sleep(self.by_number[self.block.schedule.num_chunks])
+        return super().monotonic()
+
+
+def made_up(routed: list[RoutedBlock]) -> Lanes:
+    """Of two micro-batches on a link so slow that chunks pay by simulation."""
+    sites, schedules = [Site.of(block) for block in routed], [block.schedule for block in routed]
+    return serial_lanes(sites, schedules, [shaped(1024, 256, 1024, 1, len(block.operators), 50) for block in routed] * 2, 2)
+
+
+def try_chunks(world: World, seconds: list[dict[int, float]], asked: dict[int, bool]) -> tuple[list[int], list[int], list[float]]:
+    """Chunks in every step, numbers of the steps whose lanes came back, and this rank's seconds as the planner had them.
+
+    `seconds`: of a step in so many chunks on every rank; `asked`: by step, serial or not. The engine evaluates between all steps.
+    """
+    engine = engine_of(world, OverlapConfig(chunks=0, max_chunks=2), ["moe", "moe"])
+    routed, planner = blocks(engine), engine.observer.planner
+    engine.observer = StepObserver(planner, engine.mesh.ep, ByChunks(routed[0], seconds[world.rank]))
+    learn, compare, told = planner.learn, planner.compare, list[float]()
+    planner.learn = lambda lanes: learn(made_up(routed))  # type: ignore[method-assign]
+    planner.compare = lambda its: (told.append(its), compare(its))[1]  # type: ignore[method-assign]
+    chunks, observed = [], []
+    for step in range(16):
+        if step in asked:
+            engine.observe(asked[step])
+
+        def note() -> None:
+            chunks.append(routed[0].schedule.num_chunks)
+
+        result = engine.step([batch(world, step, number) for number in range(2)], 1e-2, note)
+        observed += [step] if result.lanes is not None else []
+        engine.evaluate(batch(world, step, 2))
+    return chunks, observed, told
+
+
+def try_all(world: World) -> list[tuple[list[int], list[int], list[float]]]:
+    return [try_chunks(world, seconds, asked) for seconds, asked, _ in TRIALS]
+
+
+TRIALS = [  # seconds by chunks on either rank, of which each one alone would choose otherwise; what is asked; the best for both
+    ([{1: 1.0, 2: 0.75}, {1: 0.5, 2: 0.875}], {}, 2),
+    ([{1: 0.75, 2: 0.5}, {1: 0.5, 2: 0.875}], {4: True, 5: False, 7: True}, 1),
+]
+
+
+def test_plans_are_tried_in_steps_that_nobody_observes_and_ranks_choose_what_suits_the_slowest(tmp_path: Path) -> None:
+    """The first step is a warm-up, two are measured, eight are tried."""
+    first, second = run_ranks(try_all, 2, tmp_path)
+    for (seconds, asked, best), *of_ranks in zip(TRIALS, first, second, strict=True):
+        for rank, (chunks, observed, told) in enumerate(of_ranks):
+            assert observed == list(asked)
+            tried = [its for step, its in enumerate(chunks) if 3 <= step < 11 + len(asked) and step not in asked]
+            assert tried == [1, 2] * 4
+            assert told == [seconds[rank][number] for number in tried]
+            assert set(chunks[11 + len(asked) :]) == {best}
 
 
 def observe(world: World, pattern: list[str], chunks: int) -> tuple[list[Lanes], list[int], float]:

@@ -15,8 +15,8 @@ def shaped(
     mlp, attention = 6 * tokens * hidden * ffn / flops, (8 * tokens * hidden**2 + 2 * tokens**2 * hidden) / flops
     main = (attention, mlp, attention, mlp)[4 - num_operators :]
     experts, exchange = top_k * skew * mlp, skew * top_k * tokens * hidden * 4 / 2 * 8 / (megabit * 1e6)
-    forward = PassTimes(main, (TripTimes(experts, exchange, exchange, 0.02 * experts, 0.001),))
-    backward = PassTimes(tuple(2 * s for s in main), (TripTimes(2 * experts, exchange, exchange, 0.04 * experts, 0.001),))
+    forward = PassTimes(main, (TripTimes(experts, exchange, exchange),))
+    backward = PassTimes(tuple(2 * s for s in main), (TripTimes(2 * experts, exchange, exchange),))
     return OperatorTimes(forward, backward)
 
 
