@@ -18,6 +18,7 @@ from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.generation import Generation, Key, needed, sealed
 from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.partner import Partner
+from moetrain.checkpoint.rescue import rescue, whole_saves
 from moetrain.checkpoint.wire import Address, Buffer
 from moetrain.checkpoint.writer import handle
 from moetrain.store.io import Io
@@ -277,6 +278,26 @@ class Agent:
     def _stop(self, session: Session, request: dict, raw: memoryview) -> Answer:
         self.is_stopped = True
         return {}, b""
+
+    # nobody
+
+    def rescue(self) -> None:
+        """No rank has come back: what would be lost with this agent goes to the store. Takes its time; ranks may come back meanwhile."""
+        with self._lock:
+            saves = whole_saves(self.generations.values())
+            slots = [self.arena.slots[held.slot] for parts in saves for one in parts for held in one.held.values()]
+            self.arena.hold(slots, State.PERSISTING)
+            self.num_persisting += 1
+        try:
+            with suppress(OSError):
+                any(rescue(parts, self._memory_of, self.io, self._clock, self._gate) for parts in saves)
+        finally:
+            with self._lock:
+                self.arena.release(slots, State.PERSISTING)
+                self.num_persisting -= 1
+
+    def _memory_of(self, slot: str) -> memoryview:
+        return memoryview(self.arena.slots[slot].memory)
 
     # what is kept
 

@@ -81,7 +81,7 @@ class Roster:
     def _share(self, state: ModelState) -> list:
         """`Share` as JSON: what this rank would copy of everybody, and of those that are not selected."""
         parts = parts_of(shown(state, self._config.mode))
-        nobody: Selection = {part.tensor.group[0]: [] for part in parts if part.tensor.group}
+        nobody: Selection = {holding.group[0]: [] for holding in self.holdings or holdings_of(parts) if holding.group}
         whole, least = (my_parts(parts, self.rank, self._config.mode, selection, self.holdings) for selection in (None, nobody))
         shared = sum(part.num_bytes for part in whole if not part.tensor.group)
         experts = sum(part.num_bytes for part in whole if part.tensor.group)

@@ -84,6 +84,7 @@ class Server:
 
     def serve(self) -> None:
         quiet_since, limit = self._clock.monotonic(), max(GRACE_SECONDS, self._linger)
+        rescuing: Thread | None = None  # nobody came back
         while not (self.agent.is_stopped and not self.agent.num_persisting):
             for listener in select.select([self._local, self._remote, self._pulse], [], [], LOOK_SECONDS)[0]:
                 connection, _ = listener.accept()
@@ -93,10 +94,18 @@ class Server:
                 Thread(target=self._attend, args=(connection, listener is self._local), daemon=True).start()
                 limit = self._linger
             now = self._clock.monotonic()
-            if self.agent.num_persisting or any(session.is_local for session in self.agent.sessions):
+            if any(session.is_local for session in self.agent.sessions):
+                quiet_since, rescuing = now, None
+            elif rescuing is not None:
+                if not rescuing.is_alive():
+                    return
+            elif self.agent.num_persisting:
                 quiet_since = now
-            elif self.agent.has_taken_leave or now - quiet_since > limit:
+            elif self.agent.has_taken_leave:
                 return
+            elif now - quiet_since > limit:
+                rescuing = Thread(target=self.agent.rescue, daemon=True)
+                rescuing.start()
 
     def close(self) -> None:
         for listener in (self._local, self._remote, self._pulse):

@@ -25,7 +25,7 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from tests.clock import FakeClock
 from tests.dist.test_checkpoint_processes import agents, wait_for_no_agent
-from tests.unit.checkpoint_kit import state_of
+from tests.unit.checkpoint_kit import manifests, state_of
 
 pytestmark = pytest.mark.dist
 
@@ -89,6 +89,22 @@ def test_an_agent_ends_a_while_after_its_last_rank_was_killed(tmp_path):
     os.waitpid(child, 0)
     assert agents(tmp_path)
     wait_for_no_agent(tmp_path)
+    assert list((tmp_path / "memory").iterdir()) == []
+
+
+def test_an_agent_whose_rank_never_comes_back_writes_what_it_holds(tmp_path):
+    """One checkpoint, a copy in memory, kill -9."""
+    folder = tmp_path / "run" / "checkpoint"
+    child = os.fork()
+    if child == 0:
+        config = CheckpointConfig(agent=AgentConfig(folder=str(tmp_path / "memory"), linger_seconds=0.3))
+        one = Checkpointer(folder, config, 0, 1, alone, SystemClock())
+        one.save(state_of(0, 1, 1, 1), {"step": 1}).done.wait(60)
+        one.save(state_of(0, 1, 1, 2), {"step": 2}, persists=False).done.wait(60)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    wait_for_no_agent(tmp_path)
+    assert [point.step for point in manifests(folder)] == [2, 1]
     assert list((tmp_path / "memory").iterdir()) == []
 
 

@@ -54,7 +54,7 @@ def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
 def test_what_came_from_memory_is_not_taken_for_committed(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(10)
-    copy(job, 17)
+    job.copy(17)
     again = restart(job)
     report, _ = again.load()
     assert report is not None
@@ -69,7 +69,7 @@ def test_what_came_from_memory_is_not_taken_for_committed(tmp_path):
 
 def test_without_a_commit_nothing_is_committed_after_a_recovery_from_memory(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    copy(job, 3)
+    job.copy(3)
     again = restart(job)
     report, _ = again.load()
     assert report is not None and report.step == 3

@@ -1,0 +1,81 @@
+"""When no rank comes back, agents write the newest whole copy to the store before they end."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from moetrain.store.io import Io
+from moetrain.store.objects import CheckpointFolder
+from tests.unit.checkpoint_kit import Job, LocalNode, assert_equal, expected, manifests
+
+
+def job_of(path: Path, world: int, mode: str = "experts", snapshot_experts: int = 0) -> Job:
+    nodes = [LocalNode() for _ in range(world)]
+    return Job(path, world, world, nodes=nodes, timeout_seconds=5.0, mode=mode, snapshot_experts=snapshot_experts)
+
+
+def rescue(job: Job) -> None:
+    """All nodes at once, after the end of their ranks."""
+    with ThreadPoolExecutor(job.world) as pool:
+        list(pool.map(lambda node: node.agent.rescue(), job.nodes))
+
+
+@pytest.mark.parametrize("mode", ["experts", "moments", "weights16"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_the_newest_whole_copy_becomes_a_checkpoint(tmp_path, world, mode):
+    job = job_of(tmp_path, world, mode)
+    job.load()
+    job.save(1)
+    job.save(2)
+    for step in (3, 4):
+        job.copy(step)
+    rescue(job)
+    newest = manifests(tmp_path)[0]
+    assert (newest.step, newest.full, newest.progress["step"]) == (4, True, 4)
+    report, whole = job_of(tmp_path, world, mode).load()
+    assert report is not None
+    assert list(report.read) == ["disk"]
+    assert_equal(whole, expected(4))
+
+
+def test_a_save_that_its_rank_did_not_live_to_ask_for_is_written_in_full(tmp_path, monkeypatch):
+    """Of an expert whose weights were for the store and whose moments were not, both."""
+    job = job_of(tmp_path, 1, "moments")
+    job.load()
+    job.save(1)
+    monkeypatch.setitem(job.nodes[0].agent.for_ranks, "persist", lambda *asked: ({"error": "killed"}, b""))
+    job.ranks[0]._folder.give_up = lambda *said: None  # type: ignore[method-assign]
+    job.save(2)
+    rescue(job)
+    assert manifests(tmp_path)[0].step == 2
+    report, whole = job_of(tmp_path, 1, "moments").load()
+    assert report is not None
+    assert_equal(whole, expected(2))
+
+
+def test_a_copy_that_one_node_lacks_leaves_the_one_before_it(tmp_path):
+    job = job_of(tmp_path, 2)
+    job.load()
+    job.save(1)
+    job.copy(2)
+    job.nodes[1].dead = True
+    job.copy(3)
+    rescue(job)
+    assert manifests(tmp_path)[0].step == 2
+
+
+def test_nothing_is_written_that_is_no_news(tmp_path):
+    job = job_of(tmp_path, 1, snapshot_experts=1)
+    job.load()
+    job.save(1)
+    job.copy(2)  # one expert of four: what lies on disk and this are no better together than memory, which is lost
+    rescue(job)
+    assert [point.step for point in manifests(tmp_path)] == [1]
+    whole = job_of(tmp_path / "other", 1)
+    whole.load()
+    whole.save(1)
+    whole.copy(2)
+    CheckpointFolder(tmp_path / "other", Io()).claim(0.0)  # another job
+    rescue(whole)
+    assert [point.step for point in manifests(tmp_path / "other")] == [1]
