@@ -13,7 +13,7 @@ from threading import RLock
 
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder
+from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder, slot_bytes
 from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.generation import Generation, Key, needed, sealed
 from moetrain.checkpoint.job import SaveJob
@@ -119,26 +119,43 @@ class Agent:
         with self._lock:
             self._check_epoch(save.epoch)
             self._forget_jobs(request["rank"], {SaveId(*one) for one in request["writing"]})
-            self._drop(request["rank"], keep, save, request["alone"])
-            if self._partner is not None:
-                self._partner.keep(request["rank"], keep, save, request["alone"])
+            self._drop(request["rank"], keep, save)
             try:
+                if request["alone"]:
+                    self._give_way(request["sizes"], sorted(key for key in self.generations if key[0] < save))
                 slots = self._reserved(request["sizes"])
+                if self._partner is not None:
+                    self._partner.keep(request["rank"], keep, save, request["alone"])
             except NoRoom as error:
                 return {"full": error.message, "hint": error.hint, "is_passing": error.is_passing}, b""
             session.filling |= {slot.path: slot for slot in slots}
         return {"slots": [slot.path for slot in slots]}, b""
 
     def _reserved(self, sizes: list[int]) -> list[Slot]:
-        """What other nodes keep here makes room for what this one needs, the oldest first. Raises NoRoom."""
-        copies = sorted(key for key, one in self.generations.items() if one.is_copy)
-        while True:
-            try:
-                return self.arena.reserve(sizes)
-            except NoRoom:
-                if not copies:
-                    raise
-                self._remove(copies.pop(0))
+        """What other nodes keep here makes room for what this one needs. Raises NoRoom."""
+        try:
+            return self.arena.reserve(sizes)
+        except NoRoom:
+            copies = sorted(key for key, one in self.generations.items() if one.is_copy)
+            if not copies:
+                raise
+            self._give_way(sizes, copies)
+            return self.arena.reserve(sizes)
+
+    def _give_way(self, sizes: list[int], keys: list[Key]) -> None:
+        """Removes as many of these as it takes, in order, or none where all together are too few. Raises NoRoom then."""
+        wanted = sum(map(slot_bytes, sizes))
+        room, going = self.arena.room(), list[Key]()
+        for key in keys:
+            if room >= wanted:
+                break
+            slots = (self.arena.slots[held.slot] for held in self.generations[key].held.values())
+            room += sum(slot.num_bytes for slot in slots if slot.holds == {State.READY: 1})
+            going.append(key)
+        if room < wanted:
+            raise self.arena.no_room(wanted)
+        for key in going:
+            self._remove(key)
 
     def _forget_jobs(self, rank: int, writing: set[SaveId]) -> None:
         """Lets go of what would have been written for saves that their rank has given up."""
@@ -258,7 +275,11 @@ class Agent:
 
     def _keep(self, session: Session, request: dict, raw: memoryview) -> Answer:
         with self._lock:
-            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), SaveId(*request["save"]), request["alone"])
+            save = SaveId(*request["save"])
+            self._check_epoch(save.epoch)
+            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), save)
+            for key in [key for key in self.generations if request["alone"] and key[1] == request["rank"] and key[0] < save]:
+                self._remove(key)
         return {}, b""
 
     # anybody of this user
@@ -313,12 +334,9 @@ class Agent:
                 self.arena.release(slots, State.PERSISTING)
             self._epoch, self.left, self._jobs = epoch, {}, {}
 
-    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId, alone: bool) -> None:
-        """Frees what no recovery needs once `keep` is complete everywhere, or where the save that is coming is to lie `alone`. A rank's
-        parts between `keep` and that save will never be complete; without a `keep` that holds for all that its job made."""
-        if alone:
-            for key in [key for key in self.generations if key[0] < coming]:
-                self._remove(key)
+    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId) -> None:
+        """Frees what no recovery needs once `keep` is complete everywhere. A rank's parts between `keep` and the save that is coming will
+        never be complete; without a `keep` that holds for all that its job made."""
         if keep is not None:
             for key, names in needed(self.generations.values(), keep).items():
                 self._trim(key, names)

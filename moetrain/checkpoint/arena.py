@@ -179,6 +179,15 @@ class Arena:
         free = sum(slot.num_bytes for slot in self.slots.values() if slot.state is State.FREE)
         return free + max((self._free(folder.parent.parent) for folder in self.folders), default=0)
 
+    def no_room(self, num_bytes: int) -> NoRoom:
+        """For `num_bytes` more."""
+        room = ", ".join(f"{self._free(folder.parent.parent) / 1e9:.1f} GB in {folder.parent.parent}" for folder in self.folders)
+        return NoRoom(
+            f"A checkpoint copy of {num_bytes / 1e9:.2f} GB more fits nowhere: there is {room}.",
+            "Make room, raise the container's --shm-size, set checkpoint.snapshot_experts, or use more ranks.",
+            any(slot.state in (State.PERSISTING, State.RECOVERY) for slot in self.slots.values()),
+        )
+
     def _new(self, size: int, spare: dict[int, list[Slot]]) -> Slot:
         slot = self._create(size)
         while slot is None and any(spare.values()):  # of sizes that are not asked for any more
@@ -187,12 +196,7 @@ class Arena:
             os.unlink(old.path)
             slot = self._create(size)
         if slot is None:
-            room = ", ".join(f"{self._free(folder.parent.parent) / 1e9:.1f} GB in {folder.parent.parent}" for folder in self.folders)
-            raise NoRoom(
-                f"A checkpoint copy of {size / 1e9:.2f} GB more fits nowhere: there is {room}.",
-                "Make room, raise the container's --shm-size, set checkpoint.snapshot_experts, or use more ranks.",
-                any(slot.state in (State.PERSISTING, State.RECOVERY) for slot in self.slots.values()),
-            )
+            raise self.no_room(size)
         return slot
 
     def _create(self, size: int) -> Slot | None:

@@ -108,6 +108,11 @@ class Course:
         return Start(attempt.line.parent, ledger.to_json() if ledger.total else {})
 
     @property
+    def index(self) -> int:
+        """How many commits the line has."""
+        return self._line.index
+
+    @property
     def parent(self) -> SaveId | None:
         """The newest commit."""
         return self._line.parent

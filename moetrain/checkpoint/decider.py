@@ -25,6 +25,8 @@ class Copied:
 
     save: SaveId
     ledger: Ledger
+    in_memory: Selection | None
+    alone: bool
 
 
 class Decider:
@@ -41,12 +43,12 @@ class Decider:
 
     def decide(self, pending: Pending) -> Decision:
         """What this save is. Takes a place in the persist lane for it."""
-        save, order, lacked_room = pending.save, pending.order, False
+        save, order, alone = pending.save, pending.order, False
         if self._open is not None:
             complete = self._accord.is_complete(self._open.save, READY_SECONDS if order.persists else 0.0)
             if complete is None and not order.persists:
                 return Decision(save, "the copy before it is not in the memory of every rank yet.")
-            lacked_room = not complete and self._accord.lacked_room(self._open.save)
+            alone = not complete and (self._open.alone or self._lacked_room(self._open))
             self._keep, self._open = self._open if complete else self._keep, None  # what is not known to be complete is given up by all
         pending.is_queued = order.persists and self._persisting.take_place()
         persists = pending.is_queued or (order.persists and order.full)
@@ -55,22 +57,28 @@ class Decider:
         if persists:
             attempt = self._course.next(save, pending.ledger, order.full, order.expected_faults, self._roster.homes, hurried)
         in_memory = self._copies(attempt)
-        alone = lacked_room or not self._roster.finds_room(in_memory)
-        if alone:
-            self._keep = None
+        if alone := alone or not self._roster.finds_room(in_memory):
+            in_memory = None  # there is nothing to take other experts from
         ledger = pending.ledger.since(self._keep.ledger) if self._keep else self._course.seen(pending.ledger)
         ledger = ledger.after(in_memory, self._config.mode)
-        self._open = Copied(save, ledger)
+        self._open = Copied(save, ledger, in_memory, alone)
         return Decision(
             save,
             keep=self._keep and self._keep.save,
             alone=alone,
             persists=persists,
-            index=attempt.line.index if attempt else 0,
+            index=attempt.line.index if attempt else self._course.index,
             selection=attempt.selection if attempt else None,
             in_memory=in_memory,
             ledger=ledger.to_json() if ledger.total else {},
         )
+
+    def _lacked_room(self, copied: Copied) -> bool:
+        """Whether a node had no room for it, and will have none for the next one as large."""
+        if not self._accord.lacked_room(copied.save):
+            return False
+        self._roster.found_no_room(copied.in_memory)
+        return True
 
     def _hurried(self) -> Hurried | None:
         """Chooses what can be written within the grace; None when there is time enough, or nothing was measured yet."""

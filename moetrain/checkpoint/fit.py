@@ -36,7 +36,7 @@ class Share:
     @property
     def whole(self) -> float:
         """Room for one copy of everything."""
-        return MARGIN * (self.shared_bytes + self.expert_bytes)
+        return MARGIN * (self.shared_bytes + self.expert_bytes + self.aside_bytes)
 
     def beside(self, part: float) -> float:
         """Room for a whole copy, experts of several ages in it, and one with this part of the experts."""
@@ -47,7 +47,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Fit:
-    """Experts of every bank. What is larger than `beside` takes the place of the copy before it."""
+    """Experts of every bank. A copy that is larger than `beside` takes the place of the one before it, and holds them all."""
 
     copied: int  # in one copy
     beside: int  # in the largest copy that finds room beside a whole one; -1: not even one without experts does

@@ -11,6 +11,7 @@ from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Slot
 from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import collect, merge
+from moetrain.checkpoint.modes import Selection
 from moetrain.checkpoint.writer import with_checksums
 from moetrain.store.boxes import tiles
 from moetrain.store.encode import stored_dtype
@@ -19,8 +20,6 @@ from moetrain.store.parsing import parsing
 
 Key = tuple[SaveId, int]
 """A save and a rank."""
-Box = tuple[str, tuple[int, ...], tuple[int, ...]]
-"""The key of a tensor, and the offset and shape of a part of it."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +56,14 @@ class Generation:
     def num_bytes(self) -> int:
         return sum(held.num_bytes for held in self.held.values())
 
-    def boxes(self) -> dict[str, set[Box]]:
-        """What lies in every object."""
-        found: dict[str, set[Box]] = {name: set() for name in self.held}
-        for tensor in self.receipt.tensors:
-            for piece in tensor.pieces:
-                found[piece.object].add((tensor.key, piece.offset, piece.shape))
-        return found
+    def experts(self, newer: set[Group] | None) -> set[str]:
+        """The objects of experts that this save copied whole, and of which there is nothing newer. `newer` None: there is of all."""
+        if newer is None:
+            return set()
+        whole = None if self.job.selection is None else _groups(self.job.selection)
+        return {
+            name for name, held in self.held.items() if held.group and held.group not in newer and (whole is None or held.group in whole)
+        }
 
     def only(self, names: set[str]) -> "Generation":
         """Without the other objects and what lies in them."""
@@ -122,16 +122,23 @@ def sealed(job: SaveJob, share: str, slots: Sequence[Slot], now: float) -> tuple
 
 def needed(generations: Iterable[Generation], complete: SaveId) -> dict[Key, set[str]]:
     """Which objects are needed when `complete` is the newest save that every rank has: all of that one and of newer ones, and of older
-    ones those of experts with anything that none newer holds: a copy may hold the weights of an expert without its moments."""
+    ones the experts that were copied whole and in no newer copy. Whichever rank copied them: a selection is the same on all nodes."""
     keep: dict[Key, set[str]] = {}
-    covered = set[Box]()
-    for one in sorted(generations, key=lambda one: one.save, reverse=True):
-        keep[one.key] = set(one.held) if one.save >= complete else set[str]()
-        if one.save <= complete and one.save.epoch == complete.epoch:
-            boxes = one.boxes()
-            keep[one.key] |= {name for name, held in one.held.items() if held.group and not boxes[name] <= covered}
-            covered.update(*boxes.values())
+    newer: set[Group] | None = set()  # experts in newer copies; None: all
+    of_save = defaultdict(list)
+    for one in generations:
+        of_save[one.save].append(one)
+    for save in sorted(of_save, reverse=True):
+        selection = of_save[save][0].job.selection
+        for one in of_save[save]:
+            keep[one.key] = set(one.held) if save >= complete else one.experts(newer) if save.epoch == complete.epoch else set()
+        if save <= complete:
+            newer = None if newer is None or selection is None else newer | _groups(selection)
     return keep
+
+
+def _groups(selection: Selection) -> set[Group]:
+    return {(bank, expert) for bank, experts in selection.items() for expert in experts}
 
 
 def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:

@@ -66,6 +66,7 @@ class MemoryLane:
 
     def _remember(self, pending: Pending, state: ModelState, progress: dict, ready: Ready) -> SaveJob | None:
         """Brings this rank's part into memory. Returns what is to be written to the store."""
+        decision = None
         try:
             decision = self._decision(pending, state)
             if decision.skip:
@@ -79,9 +80,9 @@ class MemoryLane:
             pending.reason = "it is in memory only: the store was still busy." if pending.order.persists else "it is in memory only."
             pending.is_in_memory_only = True
         except NoRoom as error:
-            if self._standing.now.copied_step is None and not error.is_passing:
+            if self._standing.now.copied_step is None and decision is not None and decision.alone and not error.is_passing:
                 raise  # nothing was ever copied: say so now, not after the first fault
-            self._skip(pending, error.message, no_room=True)
+            self._skip(pending, error.message, no_room=not error.is_passing)
         except AgentDied as died:
             self._skip(pending, f"{died}.")
         except OSError as error:
@@ -147,7 +148,10 @@ class MemoryLane:
 
     def _reserved(self, pending: Pending, decision: Decision, sizes: list[int]) -> dict[str, mmap.mmap]:
         """Slots, by path. The last save of a run waits for room that older ones still take on their way to the store. Raises NoRoom."""
-        deadline, pause = self._clock.monotonic() + self._config.timeout_seconds, FIRST_POLL_SECONDS
+        patience = self._config.timeout_seconds
+        if pending.order.hurried and self._config.grace_seconds:
+            patience = min(patience, self._config.grace_seconds / 4)
+        deadline, pause = self._clock.monotonic() + patience, FIRST_POLL_SECONDS
         while True:
             try:
                 return self._memory.reserve(pending.save, Needs(decision.keep, decision.alone, self._persisting.open_saves()), sizes)

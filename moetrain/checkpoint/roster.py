@@ -67,6 +67,17 @@ class Roster:
             return True
         return in_memory is not None and max(map(len, in_memory.values()), default=0) <= self._beside
 
+    def found_no_room(self, in_memory: Selection | None) -> None:
+        """A copy of these experts did not fit though it should have: what ranks hold is not cut as evenly as `fit` takes it. Rank 0."""
+        num_experts = max(self._course.known_banks.values(), default=0)
+        size = num_experts if in_memory is None else max(map(len, in_memory.values()), default=0)
+        self._beside = size // 2 if size else -1
+        self.copied_experts = max(self._beside, min(self._config.experts_per_save, num_experts))
+        sentence = (
+            "A node had no room for a copy of %d experts of a layer; from here on one holds %d, or takes the place of the one before it."
+        )
+        logger("checkpoint").warning(sentence, size, self.copied_experts)
+
     def _check_room(self, state: ModelState) -> None:
         """Decides before training what a copy holds. Raises CheckpointError on every rank when there is no room on one node."""
         config, num_experts = self._config, max(self._course.known_banks.values(), default=0)

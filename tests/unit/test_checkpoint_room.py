@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import State, possible_bytes, spare_folders
-from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.config import AgentConfig, CheckpointConfig
 from moetrain.checkpoint.fit import Fit, Share, fit
+from moetrain.checkpoint.recover import LoadReport
 from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.store.io import Io
 from tests.unit import checkpoint_kit
@@ -69,7 +71,7 @@ def test_a_neighbours_copies_are_left_out_where_they_leave_no_room_for_ones_own(
 
 
 @pytest.mark.parametrize("mode", ["experts", "moments", "weights16", "full"])
-@pytest.mark.parametrize("states", [1.1, 1.35, 1.6, 1.85, 2.1])
+@pytest.mark.parametrize("states", [1.25, 1.4, 1.6, 1.85, 2.1])
 def test_every_save_is_committed_in_whatever_room_holds_one_copy(tmp_path, monkeypatch, mode, states):
     """Few experts a copy, a full checkpoint that takes the place of the copy before it, the last one of the run."""
     node = small_node(monkeypatch, int(states * WHOLE))
@@ -89,6 +91,99 @@ def test_every_save_is_committed_in_whatever_room_holds_one_copy(tmp_path, monke
     assert job.save(9, full=True)[0].committed
     job.ranks[0].finish()
     assert manifests(tmp_path)[0].full
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("mode", ["experts", "moments", "weights16"])
+@pytest.mark.parametrize("states", [1.4, 1.7, 2.15])
+def test_two_nodes_settle_on_copies_that_fit_on_both(tmp_path, monkeypatch, mode, states, ep):
+    """What ranks copy is cut into whole experts, so that one node may get more than half; what does not fit once is not tried for ever."""
+    room = int(states * WHOLE / 2 * (1.2 if mode == "weights16" else 1.0))
+    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: room)
+    nodes = [LocalNode(room=room) for _ in range(2)]
+    job = Job(tmp_path, 2, ep, nodes=nodes, mode=mode, agent=AgentConfig(partner=False))
+    job.load()
+    committed = [all(pending.committed for pending in job.save(step)) for step in range(1, 13)]
+    assert committed[0]
+    assert committed.count(False) <= 2
+    assert all(committed[6:])
+    assert all(pending.committed for pending in job.save(13, full=True))
+    held = [sum(one.num_bytes for one in node.agent.generations.values()) for node in nodes]
+    assert max(held) <= room
+
+
+def test_a_copy_for_which_there_was_no_room_is_followed_by_smaller_ones(tmp_path, monkeypatch):
+    """The room was counted as twice what there is: the next copy takes the place of the first, then they hold half the experts."""
+    node = LocalNode(room=int(1.7 * WHOLE))
+    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: 4 * WHOLE)
+    job = Job(tmp_path, 1, 1, nodes=[node])
+    job.load()
+    assert [job.save(step)[0].committed for step in range(1, 9)] == [True, False, True, True, True, True, True, True]
+    assert {len(one.job.selection[BANKS[0]]) for one in node.agent.generations.values() if one.job.selection} == {2}
+
+
+@pytest.mark.parametrize("states", [1.1, 1.4, 2.1])
+def test_a_kill_while_a_copy_is_made_goes_back_to_the_newest_whole_one(tmp_path, monkeypatch, states):
+    """Copies between checkpoints, before and after the first commit. Where there is room for two the last one is there at any moment."""
+    node = small_node(monkeypatch, int(states * WHOLE))
+    job = Job(tmp_path, 1, 1, nodes=[node])
+    job.load()
+    for step in range(1, 6):
+        job.copy(step)
+        report, whole = _after_a_kill(tmp_path, node)
+        assert (report.step, set(report.ages.values())) == (step, {0})
+        job = Job(tmp_path, 1, 1, nodes=[node])
+        job.load()
+        if states > 2:
+            with pytest.raises(Killed):
+                _die_while_copying(job, monkeypatch, step + 100)
+            report, whole = _after_a_kill(tmp_path, node)
+            assert report.step == step
+            assert_equal(whole, expected(step))
+            job = Job(tmp_path, 1, 1, nodes=[node])
+            job.load()
+
+
+class Killed(Exception):
+    pass
+
+
+def _die_while_copying(job: Job, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Slots are reserved and half filled when the process ends."""
+
+    def die(*asked: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr("moetrain.checkpoint.memory_lane.copy_fragments", die)
+        (pending,) = (rank.save(state, {"step": step}, persists=False) for rank, state in zip(job.ranks, job.states(step), strict=True))
+        pending.wait_copied()
+
+
+def _after_a_kill(path: Path, node: LocalNode) -> tuple[LoadReport, dict]:
+    for session in list(node.agent.sessions):
+        node.agent.close(session)
+    report, whole = Job(path, 1, 1, nodes=[node]).load()
+    assert report is not None
+    return report, whole
+
+
+def test_a_store_that_is_slow_takes_no_copy_away(tmp_path, monkeypatch):
+    """Room for two; a save is on its way to the store for long: the next copies find no room for a while, and the newest stays."""
+    node = small_node(monkeypatch, int(2.1 * WHOLE))
+    job = Job(tmp_path, 1, 1, nodes=[node])
+    job.load()
+    job.save(1)
+    goes_on = threading.Event()
+    persist = node.agent.for_ranks["persist"]
+    monkeypatch.setitem(node.agent.for_ranks, "persist", lambda *asked: goes_on.wait(60) and persist(*asked))
+    job.start(2, full=True)
+    for step in (3, 4, 5, 6):
+        job.copy(step)
+    newest = max(one.job.step for one in node.agent.generations.values() if not one.is_trimmed)
+    report, _ = _after_a_kill(tmp_path, node)
+    goes_on.set()
+    assert report.step == newest >= 2
 
 
 def _weights(whole: dict) -> dict:
