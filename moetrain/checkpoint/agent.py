@@ -28,6 +28,7 @@ from moetrain.store.objects import CheckpointFolder, Superseded
 Alive = Callable[[], bool]
 Answer = tuple[dict, Buffer]
 
+RETRY_SECONDS = 1.0  # between attempts at a checkpoint folder that is away
 GENERATIONS = "generations"  # sealed descriptions, so that an agent can take over from one that was killed
 
 
@@ -303,19 +304,35 @@ class Agent:
     # nobody
 
     def rescue(self) -> None:
-        """No rank has come back: what would be lost with this agent goes to the store. Takes its time; ranks may come back meanwhile."""
+        """No rank has come back: what would be lost with this agent goes to the store. Ranks may come back meanwhile."""
         with self._lock:
-            saves = whole_saves(self.generations.values())
-            slots = [self.arena.slots[held.slot] for parts in saves for one in parts for held in one.held.values()]
-            self.arena.hold(slots, State.PERSISTING)
+            saves, epoch = whole_saves(self.generations.values()), self._epoch
             self.num_persisting += 1
         try:
-            with suppress(OSError):
-                any(rescue(parts, self._memory_of, self.io, self._clock, self._gate) for parts in saves)
+            for parts in saves:
+                if self._is_rescued(parts, epoch):
+                    return
+        finally:
+            with self._lock:
+                self.num_persisting -= 1
+
+    def _is_rescued(self, parts: list[Generation], epoch: int) -> bool:
+        """Tries again for a while when the folder cannot be used; True when nothing older is to be tried."""
+        with self._lock:
+            if self._epoch != epoch:  # ranks are back, and memory is theirs
+                return True
+            slots = [self.arena.slots[held.slot] for one in parts for held in one.held.values()]
+            self.arena.hold(slots, State.PERSISTING)
+        deadline = self._clock.monotonic() + parts[0].job.timeout_seconds
+        try:
+            while self._epoch == epoch and not self.is_stopped and self._clock.monotonic() < deadline:
+                with suppress(OSError, CheckpointError):
+                    return rescue(parts, epoch, self._memory_of, self.io, self._clock, self._gate)
+                self._clock.sleep(RETRY_SECONDS)
+            return self._epoch != epoch or self.is_stopped
         finally:
             with self._lock:
                 self.arena.release(slots, State.PERSISTING)
-                self.num_persisting -= 1
 
     def _memory_of(self, slot: str) -> memoryview:
         return memoryview(self.arena.slots[slot].memory)

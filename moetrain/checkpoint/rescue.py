@@ -12,9 +12,8 @@ from moetrain.checkpoint.plan import ObjectPlan
 from moetrain.checkpoint.writer import handle
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
-from moetrain.store.objects import CheckpointFolder
+from moetrain.store.objects import CheckpointFolder, Superseded
 
-POLL_SECONDS = 0.5
 MORE = ".more"  # of an expert of which a save would have brought one object to the store, and kept another in memory only
 
 
@@ -25,24 +24,31 @@ def whole_saves(generations: Iterable[Generation]) -> list[list[Generation]]:
     return [sorted((one for one in whole if one.save == save), key=lambda one: -one.job.rank) for save in saves]
 
 
-def rescue(parts: list[Generation], memory: Callable[[str], memoryview], io: Io, clock: Clock, gate: Gate) -> bool:
-    """Writes one save, of which other agents write their parts at the same time; whether there is nothing more to try.
+def rescue(parts: list[Generation], epoch: int, memory: Callable[[str], memoryview], io: Io, clock: Clock, gate: Gate) -> bool:
+    """Writes this node's parts of one save; with rank 0's among them it is committed once the other nodes' are there. Whether nothing older
+    is of use: it is committed, or there is something as new, or the folder is another job's.
 
-    `memory`: of a slot. Raises OSError when the folder cannot be read.
+    `epoch`: of the newest job here, which this save belongs to, or went on from it; `memory`: of a slot. A node that has not this save but
+    an older one makes rank 0's agent go on to that, so every agent writes all it has and waits for none.
+    Raises OSError, or CheckpointError, when the folder is not there now.
     """
-    job = parts[-1].job
-    folder = CheckpointFolder(Path(job.folder), io)
-    if not _is_wanted(job.save, folder):
+    folder = CheckpointFolder(Path(parts[0].job.folder), io)
+    save = SaveId(epoch, parts[0].save.seq)
+    try:
+        folder.check_claim(epoch)
+    except Superseded:
+        return True
+    if (newest := next(iter(folder.saves()), None)) is not None and newest >= parts[0].save:
         return True
     replies = [
-        handle(job_of(one, folder), [memory(held.slot) for held in one.held.values()], io, clock, lambda: True, gate) for one in parts
+        handle(job_of(one, save, folder), [memory(held.slot) for held in one.held.values()], io, clock, lambda: True, gate) for one in parts
     ]
-    return replies[-1].outcome in ("committed", "superseded") if job.rank == 0 else _is_committed(job, folder, clock)
+    return replies[-1].outcome in ("committed", "superseded")
 
 
-def job_of(one: Generation, folder: CheckpointFolder) -> SaveJob:
-    """What a rank would have asked for if all of this had been for the store."""
-    share = folder.new_share(one.save, one.job.rank)
+def job_of(one: Generation, save: SaveId, folder: CheckpointFolder) -> SaveJob:
+    """What a rank would have asked for if all of this had been for the store, under the number `save`."""
+    share = folder.new_share(save, one.job.rank)
     plans: list[ObjectPlan] = []
     for name, held in one.held.items():
         label = name.rpartition("/")[2]
@@ -54,18 +60,4 @@ def job_of(one: Generation, folder: CheckpointFolder) -> SaveJob:
         ]
         plans.append(ObjectPlan(label, held.dtype, held.size, tensors, []))
     rest = [tensor for tensor in one.receipt.tensors if not tensor.pieces]
-    return replace(one.job, objects=plans, tensors=rest, share=share)
-
-
-def _is_wanted(save: SaveId, folder: CheckpointFolder) -> bool:
-    """No younger job has the folder, and nothing as new lies there."""
-    newest = next(iter(folder.saves()), None)
-    return folder.newest_epoch() == save.epoch and (newest is None or newest < save)
-
-
-def _is_committed(job: SaveJob, folder: CheckpointFolder, clock: Clock) -> bool:
-    """Waits for the agent of rank 0."""
-    deadline = clock.monotonic() + 2 * job.timeout_seconds
-    while (outcome := folder.outcome(job.save)) is None and clock.monotonic() < deadline:
-        clock.sleep(POLL_SECONDS)
-    return outcome is True
+    return replace(one.job, save=save, objects=plans, tensors=rest, share=share)

@@ -1,6 +1,8 @@
 """When no rank comes back, agents write the newest whole copy to the store before they end."""
 
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,15 +56,70 @@ def test_a_save_that_its_rank_did_not_live_to_ask_for_is_written_in_full(tmp_pat
     assert_equal(whole, expected(2))
 
 
-def test_a_copy_that_one_node_lacks_leaves_the_one_before_it(tmp_path):
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_copy_that_one_node_lacks_leaves_the_one_before_it(tmp_path, lacking):
     job = job_of(tmp_path, 2)
     job.load()
     job.save(1)
     job.copy(2)
-    job.nodes[1].dead = True
-    job.copy(3)
+    agent = job.nodes[lacking].agent
+    with monkeypatched(agent.for_ranks, "filled", lambda *asked: ({"error": "killed"}, b"")):
+        job.copy(3)
+    assert {one.job.step for one in agent.generations.values()} == {2}
     rescue(job)
     assert manifests(tmp_path)[0].step == 2
+
+
+@contextmanager
+def monkeypatched(operations: dict, name: str, operation: object) -> Iterator[None]:
+    before = operations[name]
+    operations[name] = operation
+    yield
+    operations[name] = before
+
+
+def test_a_folder_that_is_away_for_a_while_is_waited_for(tmp_path):
+    job = job_of(tmp_path / "run", 1)
+    job.load()
+    job.save(1)
+    job.copy(2)
+    (tmp_path / "run").rename(tmp_path / "away")
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(rescue, job)
+        assert not done.done()
+        (tmp_path / "away").rename(tmp_path / "run")
+        done.result(60)
+    assert manifests(tmp_path / "run")[0].step == 2
+
+
+def test_what_a_restart_took_over_and_did_not_live_to_copy_again_is_written(tmp_path):
+    job = job_of(tmp_path, 2)
+    job.load()
+    job.save(1)
+    job.copy(2)
+    again = Job(tmp_path, 2, 2, nodes=job.nodes, timeout_seconds=5.0)
+    report, _ = again.load()
+    assert report is not None
+    assert report.step == 2
+    rescue(again)
+    newest = manifests(tmp_path)[0]
+    assert (newest.step, newest.save.epoch, newest.index) == (2, 2, 1)
+    assert_equal(job_of(tmp_path, 2).load()[1], expected(2))
+
+
+def test_ranks_that_come_back_have_the_memory_at_once(tmp_path):
+    """The agent of rank 0 waits for a node that is gone, until the next job claims the folder."""
+    job = job_of(tmp_path, 2)
+    job.load()
+    job.save(1)
+    job.copy(2)
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(job.nodes[0].agent.rescue)
+        again = Job(tmp_path, 2, 2, nodes=job.nodes, timeout_seconds=60.0)
+        assert again.load()[0] is not None
+        assert all(pending.committed for pending in again.save(3))
+        waits.result(30)
+    assert manifests(tmp_path)[0].step == 3
 
 
 def test_nothing_is_written_that_is_no_news(tmp_path):
