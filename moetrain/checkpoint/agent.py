@@ -120,6 +120,8 @@ class Agent:
         with self._lock:
             self._check_epoch(save.epoch)
             self._forget_jobs(request["rank"], {SaveId(*one) for one in request["writing"]})
+            self.arena.release(session.filling.values(), State.FILLING)  # of a copy that came to nothing
+            session.filling = {}
             self._drop(request["rank"], keep, save)
             try:
                 if request["alone"]:
@@ -128,7 +130,8 @@ class Agent:
                 if self._partner is not None:
                     self._partner.keep(request["rank"], keep, save, request["alone"])
             except NoRoom as error:
-                return {"full": error.message, "hint": error.hint, "is_passing": error.is_passing}, b""
+                about = {"is_passing": error.is_passing, "is_empty": not self.generations}
+                return {"full": error.message, "hint": error.hint} | about, b""
             session.filling |= {slot.path: slot for slot in slots}
         return {"slots": [slot.path for slot in slots]}, b""
 

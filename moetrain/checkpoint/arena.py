@@ -100,11 +100,12 @@ def map_slot(path: str) -> mmap.mmap:
 
 
 class NoRoom(CheckpointError):
-    """The arena has no slots for a copy now. `is_passing`: something there is being written or read, and will be free."""
+    """The arena has no slots for a copy now. `is_passing`: something there is being written or read, and will be free; `is_empty`: no
+    copy lies there that could give way."""
 
-    def __init__(self, message: str, hint: str, is_passing: bool) -> None:
+    def __init__(self, message: str, hint: str, is_passing: bool, is_empty: bool = False) -> None:
         super().__init__(message, hint)
-        self.is_passing = is_passing
+        self.is_passing, self.is_empty = is_passing, is_empty
 
 
 class Slot:

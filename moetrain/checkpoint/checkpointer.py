@@ -142,6 +142,7 @@ class Checkpointer:
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
         memory = self._roster.look_around(at)
+        self._next = max(self._next, SaveId(self._next.epoch, memory.newest_seq + 1))  # what lies there may yet be written under its number
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
         )

@@ -91,7 +91,7 @@ class Decider:
     def _copies(self, attempt: Attempt | None) -> Selection | None:
         """The experts that are copied; None: all of them. Those that go to the store, and as many others as there is room for, in turn."""
         count, banks = self._roster.copied_experts, self._course.known_banks
-        if count is None or (attempt is not None and attempt.selection is None):
+        if count is None or self._config.mode == "full" or (attempt is not None and attempt.selection is None):
             return None
         if self._keep is None and self._course.parent is None:  # there is nothing to take the other experts from
             return None

@@ -80,7 +80,8 @@ class MemoryLane:
             pending.reason = "it is in memory only: the store was still busy." if pending.order.persists else "it is in memory only."
             pending.is_in_memory_only = True
         except NoRoom as error:
-            if self._standing.now.copied_step is None and decision is not None and decision.alone and not error.is_passing:
+            is_hopeless = error.is_empty or (decision is not None and decision.alone)
+            if self._standing.now.copied_step is None and is_hopeless and not error.is_passing:
                 raise  # nothing was ever copied: say so now, not after the first fault
             self._skip(pending, error.message, no_room=not error.is_passing)
         except AgentDied as died:

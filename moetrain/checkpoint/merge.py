@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.job import Receipt, SaveJob
-from moetrain.checkpoint.modes import is_written
+from moetrain.checkpoint.modes import is_derived, is_written
 from moetrain.store.boxes import tiles
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
 
@@ -18,13 +18,15 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
     for receipt in receipts:
         if (receipt.index, receipt.selection) != (job.index, job.selection):
             raise CheckpointError(f"rank {receipt.rank} chose other experts than rank 0.")
+        if any(record.step != job.step for record in receipt.objects):
+            raise CheckpointError(f"rank {receipt.rank} wrote its part of another step.")
     objects = {record.name: record for receipt in receipts for record in receipt.objects}
     new_bytes = sum(record.num_bytes for record in objects.values())
     found = collect(receipts)
     now_written = {key for key, (tensor, _) in found.items() if is_written(tensor, job.mode, job.selection)}
     tensors = {key: _written(*found[key]) for key in found if key in now_written}
     for key, (tensor, _) in found.items():
-        if key not in now_written:
+        if key not in now_written and not is_derived(tensor):  # of what is there in full nothing derived is needed
             _inherit(tensor, parent, tensors, objects)
     return Manifest(
         save=job.save,

@@ -212,7 +212,7 @@ class NodeMemory:
         """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
         answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
         if "full" in answer:
-            raise NoRoom(answer["full"], answer["hint"], answer["is_passing"])
+            raise NoRoom(answer["full"], answer["hint"], answer["is_passing"], answer["is_empty"])
         for path in answer["slots"]:
             if path not in self._maps:
                 self._maps[path] = map_slot(path)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from moetrain.base.clock import Clock
 from moetrain.checkpoint.gate import Gate
-from moetrain.checkpoint.generation import Generation
+from moetrain.checkpoint.generation import Generation, Held
 from moetrain.checkpoint.job import SaveJob
+from moetrain.checkpoint.modes import is_derived
 from moetrain.checkpoint.plan import ObjectPlan
 from moetrain.checkpoint.writer import handle
 from moetrain.store.io import Io
@@ -40,17 +41,20 @@ def rescue(parts: list[Generation], epoch: int, memory: Callable[[str], memoryvi
         return True
     if (newest := next(iter(folder.saves()), None)) is not None and newest >= parts[0].save:
         return True
-    replies = [
-        handle(job_of(one, save, folder), [memory(held.slot) for held in one.held.values()], io, clock, lambda: True, gate) for one in parts
-    ]
+    jobs = [job_of(one, save, folder) for one in parts]
+    replies = [handle(job, [memory(held.slot) for held in kept], io, clock, lambda: True, gate) for job, kept in jobs]
     return replies[-1].outcome in ("committed", "superseded")
 
 
-def job_of(one: Generation, save: SaveId, folder: CheckpointFolder) -> SaveJob:
-    """What a rank would have asked for if all of this had been for the store, under the number `save`."""
+def job_of(one: Generation, save: SaveId, folder: CheckpointFolder) -> tuple[SaveJob, list[Held]]:
+    """What a rank would have asked for if all of this had been for the store, under the number `save`, and where its objects lie."""
     share = folder.new_share(save, one.job.rank)
     plans: list[ObjectPlan] = []
+    kept: list[Held] = []
+    derived = {piece.object for tensor in one.receipt.tensors if is_derived(tensor) for piece in tensor.pieces}
     for name, held in one.held.items():
+        if name in derived:  # beside what it was made from
+            continue
         label = name.rpartition("/")[2]
         label += MORE if any(plan.label == label for plan in plans) else ""
         tensors = [
@@ -59,5 +63,6 @@ def job_of(one: Generation, save: SaveId, folder: CheckpointFolder) -> SaveJob:
             if any(piece.object == name for piece in tensor.pieces)
         ]
         plans.append(ObjectPlan(label, held.dtype, held.size, tensors, []))
-    rest = [tensor for tensor in one.receipt.tensors if not tensor.pieces]
-    return replace(one.job, save=save, objects=plans, tensors=rest, share=share)
+        kept.append(held)
+    rest = [tensor for tensor in one.receipt.tensors if not tensor.pieces and not is_derived(tensor)]
+    return replace(one.job, save=save, objects=plans, tensors=rest, share=share), kept

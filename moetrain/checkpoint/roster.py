@@ -70,6 +70,8 @@ class Roster:
     def found_no_room(self, in_memory: Selection | None) -> None:
         """A copy of these experts did not fit though it should have: what ranks hold is not cut as evenly as `fit` takes it. Rank 0."""
         num_experts = max(self._course.known_banks.values(), default=0)
+        if not num_experts:
+            return
         size = num_experts if in_memory is None else max(map(len, in_memory.values()), default=0)
         self._beside = size // 2 if size else -1
         self.copied_experts = max(self._beside, min(self._config.experts_per_save, num_experts))

@@ -41,6 +41,11 @@ class Memory:
     def __contains__(self, name: str) -> bool:
         return name in self._places
 
+    @property
+    def newest_seq(self) -> int:
+        """0: nothing is here."""
+        return max((one.save.seq for one in self.generations), default=0)
+
     def points(self, history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:
         """Recovery points, newest first."""
         return points_in_memory(self.generations, {point.save: point for point in history if isinstance(point, Manifest)})

@@ -41,17 +41,20 @@ def test_the_newest_whole_copy_becomes_a_checkpoint(tmp_path, world, mode):
     assert_equal(whole, expected(4))
 
 
-def test_a_save_that_its_rank_did_not_live_to_ask_for_is_written_in_full(tmp_path, monkeypatch):
-    """Of an expert whose weights were for the store and whose moments were not, both."""
-    job = job_of(tmp_path, 1, "moments")
+@pytest.mark.parametrize("mode", ["experts", "moments", "weights16"])
+def test_a_save_that_its_rank_did_not_live_to_ask_for_is_written_in_full(tmp_path, monkeypatch, mode):
+    """Of an expert whose weights were for the store and whose moments were not, both; nothing rounded beside its master."""
+    job = job_of(tmp_path, 1, mode)
     job.load()
     job.save(1)
     monkeypatch.setitem(job.nodes[0].agent.for_ranks, "persist", lambda *asked: ({"error": "killed"}, b""))
     job.ranks[0]._folder.give_up = lambda *said: None  # type: ignore[method-assign]
     job.save(2)
     rescue(job)
-    assert manifests(tmp_path)[0].step == 2
-    report, whole = job_of(tmp_path, 1, "moments").load()
+    newest = manifests(tmp_path)[0]
+    assert newest.step == 2
+    assert {piece.object for tensor in newest.tensors.values() for piece in tensor.pieces} == set(newest.objects)
+    report, whole = job_of(tmp_path, 1, mode).load()
     assert report is not None
     assert_equal(whole, expected(2))
 
@@ -105,6 +108,22 @@ def test_what_a_restart_took_over_and_did_not_live_to_copy_again_is_written(tmp_
     newest = manifests(tmp_path)[0]
     assert (newest.step, newest.save.epoch, newest.index) == (2, 2, 1)
     assert_equal(job_of(tmp_path, 2).load()[1], expected(2))
+
+
+def test_parts_of_two_steps_are_never_one_checkpoint(tmp_path):
+    """A restart goes on from a copy, one of its ranks makes the next copy, all are killed: the number of the first is not used again."""
+    job = job_of(tmp_path, 2)
+    job.load()
+    job.save(1)
+    job.copy(5)
+    again = Job(tmp_path, 2, 2, nodes=job.nodes, timeout_seconds=2.0)
+    assert again.load()[0] is not None
+    agent = again.nodes[0].agent
+    with monkeypatched(agent.for_ranks, "filled", lambda *asked: ({"error": "killed"}, b"")):
+        again.copy(9)
+    rescue(again)
+    assert manifests(tmp_path)[0].step == 5
+    assert_equal(job_of(tmp_path, 2).load()[1], expected(5))
 
 
 def test_ranks_that_come_back_have_the_memory_at_once(tmp_path):

@@ -242,6 +242,41 @@ def lost(steps: int, known: dict[tuple[str, int], int]) -> dict[str, list[int]]:
     return {bank: [10 * (steps - known[bank, expert]) for expert in range(NUM_EXPERTS)] for bank in BANKS}
 
 
+@pytest.mark.parametrize("mode", ["experts", "moments", "weights16", "full"])
+def test_the_copy_of_a_save_for_the_store_is_a_recovery_point_by_itself(tmp_path, mode):
+    """All experts in memory, one of them on disk."""
+    job = Job(tmp_path, 1, 1, nodes=[LocalNode()], mode=mode)
+    job.load()
+    job.save(1)
+    job.save(2)
+    report, whole = Job(tmp_path, 1, 1, nodes=job.nodes, mode=mode).load()
+    assert report is not None
+    assert (report.step, set(report.ages.values())) == (2, {0})
+    assert "disk" not in report.read
+    assert_equal(whole, expected(2))
+
+
+def test_in_mode_full_two_copies_are_all_there_is(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=[node := LocalNode()], mode="full", snapshot_experts=1)
+    job.load()
+    for step in range(1, 8):
+        job.copy(step)
+        assert node.held() < 2.1 * WHOLE
+
+
+def test_a_copy_that_comes_to_nothing_leaves_no_slot_behind(tmp_path, monkeypatch):
+    node = small_node(monkeypatch, int(2.1 * WHOLE))
+    job = Job(tmp_path, 1, 1, nodes=[node])
+    job.load()
+    job.save(1)
+    with monkeypatch.context() as patched:
+        patched.setitem(node.agent.for_ranks, "filled", lambda *asked: ({"error": "no room for its description"}, b""))
+        job.copy(2)
+    for step in (3, 4, 5):
+        job.copy(step)
+        assert max(one.job.step for one in node.agent.generations.values()) == step
+
+
 def test_two_faults_before_the_first_checkpoint_lose_nothing_that_was_copied(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=[LocalNode()], snapshot_experts=1)
     job.load()
