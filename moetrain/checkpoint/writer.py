@@ -107,6 +107,8 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
                 news = clock.monotonic()
                 if receipts[rank].error:
                     raise CheckpointError(f"rank {rank} could not write its part: {receipts[rank].error}")
+                if any(record.step != job.step for record in receipts[rank].objects):
+                    raise CheckpointError(f"rank {rank} wrote its part of another step.")
         missing = [rank for rank in range(job.world) if rank not in receipts]
         if not missing:
             return [receipts[rank] for rank in range(job.world)]
