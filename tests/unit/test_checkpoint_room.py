@@ -71,7 +71,7 @@ def test_a_neighbours_copies_are_left_out_where_they_leave_no_room_for_ones_own(
 
 
 @pytest.mark.parametrize("mode", ["experts", "moments", "weights16", "full"])
-@pytest.mark.parametrize("states", [1.25, 1.4, 1.6, 1.85, 2.1])
+@pytest.mark.parametrize("states", [1.25, 1.6, 2.1])
 def test_every_save_is_committed_in_whatever_room_holds_one_copy(tmp_path, monkeypatch, mode, states):
     """Few experts a copy, a full checkpoint that takes the place of the copy before it, the last one of the run."""
     node = small_node(monkeypatch, int(states * WHOLE))
@@ -95,7 +95,7 @@ def test_every_save_is_committed_in_whatever_room_holds_one_copy(tmp_path, monke
 
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("mode", ["experts", "moments", "weights16"])
-@pytest.mark.parametrize("states", [1.4, 1.7, 2.15])
+@pytest.mark.parametrize("states", [1.4, 2.15])
 def test_two_nodes_settle_on_copies_that_fit_on_both(tmp_path, monkeypatch, mode, states, ep):
     """What ranks copy is cut into whole experts, so that one node may get more than half; what does not fit once is not tried for ever."""
     room = int(states * WHOLE / 2 * (1.2 if mode == "weights16" else 1.0))
