@@ -12,6 +12,7 @@ from moetrain.checkpoint.modes import Selection
 from moetrain.checkpoint.pending import Pending
 from moetrain.checkpoint.persist_lane import PersistLane
 from moetrain.checkpoint.roster import Roster
+from moetrain.checkpoint.select import first_expert
 from moetrain.checkpoint.status import Standing
 from moetrain.store.manifest import SaveId
 
@@ -97,7 +98,7 @@ class Decider:
             return None
         chosen = {}
         for layer, (bank, num_experts) in enumerate(banks.items()):
-            first = layer * num_experts // len(banks)  # the experts of one copy live on different ranks
+            first = first_expert(0, layer, len(banks), num_experts, count)
             turn = self._turn.setdefault(bank, [(first + number) % num_experts for number in range(num_experts)])
             stored = (attempt.selection or {}).get(bank, []) if attempt else []
             others = [expert for expert in turn if expert not in stored]

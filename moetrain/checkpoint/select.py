@@ -70,22 +70,10 @@ def first_of(ranking: list[int], ages: list[int], count: int, max_age: int) -> t
     return sorted(chosen), forced
 
 
-def rotation(index: int, banks: dict[str, int], experts_per_save: int) -> Selection:
-    """What `sequential` comes to with a constant K after a full checkpoint; `index`: number of checkpoints before this one.
-
-    `banks` gives the number of experts of every bank in the order of the model. The layers start at points spread evenly over the
-    experts, so that the experts of one checkpoint live on different ranks (for contiguous placements; the paper's offset of one per
-    layer does that only when a rank holds one expert). Any ceil(E / K) checkpoints in a row contain every expert.
-    """
-    selection = {}
-    for layer, (bank, num_experts) in enumerate(banks.items()):
-        first = first_expert(index, layer, len(banks), num_experts, experts_per_save)
-        count = min(experts_per_save, num_experts)
-        selection[bank] = sorted((first + i) % num_experts for i in range(count))
-    return selection
-
-
 def first_expert(index: int, layer: int, num_layers: int, num_experts: int, experts_per_save: int) -> int:
+    """Where a layer's turn begins after `index` checkpoints. Layers start at points spread evenly over the experts, so that the experts of
+    one checkpoint live on different ranks (for contiguous placements; the paper's offset of one per layer does that only when a rank
+    holds one expert)."""
     return (index * experts_per_save + layer * num_experts // num_layers) % num_experts
 
 

@@ -27,12 +27,12 @@ from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
 from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, Needs, NodeMemory
-from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.writer import handle, with_checksums
 from moetrain.store.encode import ArrayReader, Reads
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, Piece, SaveId, Tensor
 from moetrain.store.objects import CheckpointFolder
+from tests.unit.rotation import rotation
 
 BANK = "blocks.0.moe.experts"
 SIZE = 1500

@@ -12,12 +12,12 @@ from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.copying import parts_of, shown
 from moetrain.checkpoint.modes import MODES
 from moetrain.checkpoint.plan import Holding, Part, Writes, holdings_of, merged, my_parts, writes
-from moetrain.checkpoint.select import rotation
 from moetrain.checkpoint.turns import Horizon, Turns, homes_of
 from moetrain.store.io import Io
 from moetrain.store.manifest import WEIGHT16, Manifest, Piece, Tensor
 from moetrain.store.objects import CheckpointFolder
 from tests.unit.checkpoint_kit import BANKS, EXPERT, NUM_EXPERTS, Job, assert_equal, expected, logical, state_of
+from tests.unit.rotation import rotation
 
 LAYOUTS = [(1, 1, False), (2, 2, False), (2, 2, True), (4, 2, False), (3, 3, True)]
 

@@ -16,10 +16,10 @@ from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.modes import is_written
 from moetrain.checkpoint.plan import Part, holdings_of, lay_out, merged, my_parts
-from moetrain.checkpoint.select import rotation
 from moetrain.store.boxes import overlap, tiles
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, SaveId, Tensor, natural, seal, unseal
 from tests.unit.checkpoint_kit import BANKS, state_of
+from tests.unit.rotation import rotation
 
 # whose turn
 

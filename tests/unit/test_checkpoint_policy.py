@@ -13,8 +13,9 @@ from moetrain.checkpoint.interval import Costs, best_interval
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.plt import plt, plt_if_fault, plt_of_moments, plt_of_weights
-from moetrain.checkpoint.select import RULES, Waiting, balanced, first_of, rotation
+from moetrain.checkpoint.select import RULES, Waiting, balanced, first_of
 from moetrain.checkpoint.turns import Homes, Horizon, Turns, homes_of, max_age
+from tests.unit.rotation import rotation
 
 BANKS = {"blocks.0.moe.experts": 4, "blocks.1.moe.experts": 4}
 FIRST, SECOND = BANKS
