@@ -13,12 +13,13 @@ from threading import RLock
 
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder, slot_bytes
+from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State
 from moetrain.checkpoint.gate import Gate
-from moetrain.checkpoint.generation import Generation, Key, needed, sealed
+from moetrain.checkpoint.generation import Generation, Key, sealed
 from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.partner import Partner
 from moetrain.checkpoint.rescue import rescue, whole_saves
+from moetrain.checkpoint.shelf import Shelf
 from moetrain.checkpoint.wire import Address, Buffer
 from moetrain.checkpoint.writer import handle
 from moetrain.store.io import Io
@@ -29,7 +30,6 @@ Alive = Callable[[], bool]
 Answer = tuple[dict, Buffer]
 
 RETRY_SECONDS = 1.0  # between attempts at a checkpoint folder that is away
-GENERATIONS = "generations"  # sealed descriptions, so that an agent can take over from one that was killed
 
 
 @dataclass
@@ -48,20 +48,18 @@ class Agent:
 
     def __init__(self, folder: Path, arena: Arena, io: Io, clock: Clock) -> None:
         """Takes over what an agent before it left in `folder`."""
-        self.folder, self.arena = folder, arena
+        self.folder, self.arena, self.shelf = folder, arena, Shelf(folder, arena)
         self.address: Address | None = None
-        self.generations: dict[Key, Generation] = {}
         self.left: dict[int, bool] = {}  # of every rank of the newest job: whether it has taken its leave
         self.sessions: list[Session] = []
         self.is_stopped = False
         self.num_persisting = 0
         self.io, self._clock = io, clock
         self._jobs: dict[Key, tuple[SaveJob, list[Slot]]] = {}  # not yet asked to be persisted
-        self._epoch = 0
+        self._epoch = self.shelf.epoch
         self._lock = RLock()
         self._gate = Gate()
         self._partner: Partner | None = None
-        self._take_over()
         self.for_agents = {"list": self._list, "read": self._read, "put": self._put, "copied": self._copied, "keep": self._keep}
         self.for_ranks = {
             "join": self._join, "list": self._list, "restored": self._restored, "partner": self._set_partner,
@@ -84,6 +82,10 @@ class Agent:
             self.arena.release(session.reading, State.RECOVERY)
             session.filling, session.reading = {}, []
             self.sessions.remove(session)
+
+    @property
+    def generations(self) -> dict[Key, Generation]:
+        return self.shelf.generations
 
     @property
     def has_taken_leave(self) -> bool:
@@ -110,8 +112,7 @@ class Agent:
         with self._lock:
             self.left[request["rank"]] = True
             if self.has_taken_leave:
-                for key in list(self.generations):
-                    self._remove(key)
+                self.shelf.remove(self.generations)
         return {}, b""
 
     def _reserve(self, session: Session, request: dict, raw: memoryview) -> Answer:
@@ -122,11 +123,11 @@ class Agent:
             self._forget_jobs(request["rank"], {SaveId(*one) for one in request["writing"]})
             self.arena.release(session.filling.values(), State.FILLING)  # of a copy that came to nothing
             session.filling = {}
-            self._drop(request["rank"], keep, save)
+            self.shelf.drop(request["rank"], keep, save)
             try:
                 if request["alone"]:
-                    self._give_way(request["sizes"], sorted(key for key in self.generations if key[0] < save))
-                slots = self._reserved(request["sizes"])
+                    self.shelf.give_way(request["sizes"], sorted(key for key in self.generations if key[0] < save))
+                slots = self.shelf.reserve(request["sizes"])
                 if self._partner is not None:
                     self._partner.keep(request["rank"], keep, save, request["alone"])
             except NoRoom as error:
@@ -134,32 +135,6 @@ class Agent:
                 return {"full": error.message, "hint": error.hint} | about, b""
             session.filling |= {slot.path: slot for slot in slots}
         return {"slots": [slot.path for slot in slots]}, b""
-
-    def _reserved(self, sizes: list[int]) -> list[Slot]:
-        """What other nodes keep here makes room for what this one needs. Raises NoRoom."""
-        try:
-            return self.arena.reserve(sizes)
-        except NoRoom:
-            copies = sorted(key for key, one in self.generations.items() if one.is_copy)
-            if not copies:
-                raise
-            self._give_way(sizes, copies)
-            return self.arena.reserve(sizes)
-
-    def _give_way(self, sizes: list[int], keys: list[Key]) -> None:
-        """Removes as many of these as it takes, in order, or none where all together are too few. Raises NoRoom then."""
-        wanted = sum(map(slot_bytes, sizes))
-        room, going = self.arena.room(), list[Key]()
-        for key in keys:
-            if room >= wanted:
-                break
-            slots = (self.arena.slots[held.slot] for held in self.generations[key].held.values())
-            room += sum(slot.num_bytes for slot in slots if slot.holds == {State.READY: 1})
-            going.append(key)
-        if room < wanted:
-            raise self.arena.no_room(wanted)
-        for key in going:
-            self._remove(key)
 
     def _forget_jobs(self, rank: int, writing: set[SaveId]) -> None:
         """Lets go of what would have been written for saves that their rank has given up."""
@@ -175,8 +150,8 @@ class Agent:
         job, generation = sealed(job, share, slots, self._clock.now())
         with self._lock:
             self._check_epoch(job.save.epoch)
-            self._store(generation)
-            self._made_ready(session, slots)
+            self.shelf.put(generation)
+            self._filled_up(session, slots)
             if job.objects:  # held until `persist` is over, whatever becomes of the generation
                 self._jobs[generation.key] = job, slots[: len(job.objects)]
                 self.arena.hold(slots[: len(job.objects)], State.PERSISTING)
@@ -184,10 +159,9 @@ class Agent:
                 self._partner.push(generation, slots)
         return {"num_bytes": generation.num_bytes}, b""
 
-    def _made_ready(self, session: Session, slots: Iterable[Slot]) -> None:
+    def _filled_up(self, session: Session, slots: Iterable[Slot]) -> None:
         for slot in slots:
             del session.filling[slot.path]
-            self.arena.hold([slot], State.READY)
             self.arena.release([slot], State.FILLING)
 
     def _replicated(self, session: Session, request: dict, raw: memoryview) -> Answer:
@@ -243,10 +217,9 @@ class Agent:
             self.arena.release(session.reading, State.RECOVERY)
             session.reading = []
             if keep is not None:
-                for key, names in needed(self.generations.values(), keep).items():
-                    self._trim(key, names)
-            for key in [key for key in self.generations if key[0].epoch < request["epoch"] and (keep is None or key[0] > keep)]:
-                self._remove(key)
+                self.shelf.keep(keep)
+            epoch = request["epoch"]
+            self.shelf.remove(key for key in self.generations if key[0].epoch < epoch and (keep is None or key[0] > keep))
         return {}, b""
 
     # other agents
@@ -273,17 +246,17 @@ class Agent:
         generation.check({slot.path: memoryview(slot.memory) for slot in slots})
         with self._lock:
             self._check_epoch(generation.save.epoch)
-            self._store(generation)
-            self._made_ready(session, slots)
+            self.shelf.put(generation)
+            self._filled_up(session, slots)
         return {}, b""
 
     def _keep(self, session: Session, request: dict, raw: memoryview) -> Answer:
         with self._lock:
             save = SaveId(*request["save"])
             self._check_epoch(save.epoch)
-            self._drop(request["rank"], request["keep"] and SaveId(*request["keep"]), save)
-            for key in [key for key in self.generations if request["alone"] and key[1] == request["rank"] and key[0] < save]:
-                self._remove(key)
+            self.shelf.drop(request["rank"], request["keep"] and SaveId(*request["keep"]), save)
+            if request["alone"]:
+                self.shelf.remove(key for key in self.generations if key[1] == request["rank"] and key[0] < save)
         return {}, b""
 
     # anybody of this user
@@ -353,56 +326,3 @@ class Agent:
             for _, slots in self._jobs.values():
                 self.arena.release(slots, State.PERSISTING)
             self._epoch, self.left, self._jobs = epoch, {}, {}
-
-    def _drop(self, rank: int, keep: SaveId | None, coming: SaveId) -> None:
-        """Frees what no recovery needs once `keep` is complete everywhere. A rank's parts between `keep` and the save that is coming will
-        never be complete; without a `keep` that holds for all that its job made."""
-        if keep is not None:
-            for key, names in needed(self.generations.values(), keep).items():
-                self._trim(key, names)
-        floor = keep or SaveId(coming.epoch, 0)
-        for key in [key for key in self.generations if key[1] == rank and floor < key[0] < coming]:
-            self._remove(key)
-
-    def _trim(self, key: Key, names: set[str]) -> None:
-        generation = self.generations[key]
-        if names >= generation.held.keys():
-            return
-        self._remove(key)
-        if names:
-            self._store(generation.only(names))
-            self.arena.hold((self.arena.slots[generation.held[name].slot] for name in names), State.READY)
-
-    def _remove(self, key: Key) -> None:
-        generation = self.generations.pop(key)
-        self._sidecar(key).unlink(missing_ok=True)
-        self.arena.release((self.arena.slots[held.slot] for held in generation.held.values()), State.READY)
-
-    def _store(self, generation: Generation) -> None:
-        if generation.key in self.generations:
-            self._remove(generation.key)
-        path = self._sidecar(generation.key)
-        own_folder(path.parent)
-        draft = path.with_name(f".{path.name}")
-        draft.write_bytes(generation.to_bytes())
-        draft.rename(path)
-        self.generations[generation.key] = generation
-
-    def _sidecar(self, key: Key) -> Path:
-        return self.folder / GENERATIONS / f"{key[0]}-{key[1]:05d}.json"
-
-    def _take_over(self) -> None:
-        for path in sorted((self.folder / GENERATIONS).glob("*.json")):
-            try:
-                generation = Generation.from_bytes(path.read_bytes(), str(path))
-                slots = [self.arena.adopt(held.slot) for held in generation.held.values()]
-                if any(slot.num_bytes < held.num_bytes for slot, held in zip(slots, generation.held.values(), strict=True)):
-                    raise CheckpointError(f"{path} names slots of another size.")
-            except (OSError, ValueError, CheckpointError):
-                with suppress(OSError):
-                    path.unlink()
-                continue
-            self.generations[generation.key] = generation
-            self.arena.hold(slots, State.READY)
-            self._epoch = max(self._epoch, generation.save.epoch)
-        self.arena.remove_strangers()
