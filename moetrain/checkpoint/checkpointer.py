@@ -24,7 +24,7 @@ from moetrain.checkpoint.memory_lane import MemoryLane
 from moetrain.checkpoint.pending import Order, Pending
 from moetrain.checkpoint.persist_lane import PersistLane
 from moetrain.checkpoint.process import Connect, Launcher, NodeMemory
-from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together
+from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together, together
 from moetrain.checkpoint.roster import Roster
 from moetrain.checkpoint.status import Standing, Status
 from moetrain.checkpoint.turns import Horizon, Turns
@@ -149,29 +149,37 @@ class Checkpointer:
         self._memory.went_on(restored[0].manifest.save if restored and restored[0].is_in_memory else None)
         self._roster.draw_up(state)
         if restored is None:
+            self._check_that_nothing_is_there(at)
             return None
         choice, report = restored
         self._go_on_from(choice, report)
         return report
 
+    def _check_that_nothing_is_there(self, at: str) -> None:
+        """A folder that is away looks like one that never had a checkpoint. Raises CheckpointError on every rank."""
+        if at != "never":
+            together(lambda: self._folder.check_claim(self._next.epoch) if self._rank == 0 else None, self._gather)
+
     def _go_on_from(self, choice: Choice, report: LoadReport) -> None:
         """What was restored is what the next save builds on, where it can be."""
         manifest = choice.manifest
         own = choice.folder.resolve() == self._folder.path.resolve()
-        committed = None if not own else self._newest_commit() if choice.is_in_memory else manifest
+        committed = None if not own else self._commit_under(manifest) if choice.is_in_memory else manifest
         ledger = Ledger.of_json(manifest.ledger, manifest.banks()).restored()
         # A repaired recovery point, or one elsewhere, is nothing a manifest of this folder can refer to: the next save is full.
         if not own or choice.damage or report.is_converted:
             line = Line(None, manifest.index + 1)
         elif committed is None:
-            line = Line()
+            line = Line(None, manifest.index)
         else:  # after a recovery from memory the store is as it was before
             held = Ledger.of_json(committed.ledger, committed.banks()) if choice.is_in_memory else ledger
             line = Line(committed.save, committed.index + 1, committed.banks(), held)
-        self._course.continues(line)
+        self._course.continues(line, manifest.way if own else ())
         if ledger.banks == self._turns.banks:
             self._ledger = ledger
         self._standing.restored(committed, self._turns.figures(ledger, 0))
 
-    def _newest_commit(self) -> Manifest | None:
-        return next((point for point in self._folder.history() if isinstance(point, Manifest)), None)
+    def _commit_under(self, copy: Manifest) -> Manifest | None:
+        """The newest commit that a copy in memory can be built on: what its start committed before it, or went on from."""
+        commits = (point for point in self._folder.history() if isinstance(point, Manifest) and point.save <= copy.save)
+        return next((point for point in commits if point.save == copy.parent or point.save.epoch == copy.save.epoch), None)

@@ -109,8 +109,8 @@ def newest_first(on_disk: Sequence[Manifest | CheckpointError], memory: Sequence
 def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMemory = nothing_in_memory) -> Choice | None:
     """The newest recovery point of a checkpoint folder that can be restored in full; None when there never was one.
 
-    An expert whose object is damaged comes from the newest older recovery point that has a good version of all of it; when none
-    has, or anything else is damaged, the next older recovery point is tried. `look` finds the damage: by default it reads every byte.
+    An expert whose object is damaged comes from the newest recovery point that it went through and that has a good version of all of it;
+    when none has, or anything else is damaged, the next older one is tried. `look` finds the damage: by default it reads every byte.
     Raises CheckpointError when none is left.
     """
     folder = CheckpointFolder(path, io)
@@ -126,7 +126,7 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
         is_in_memory = any(manifest is point for point in memory)
         bad = check(folder, manifest, look)
         damage += bad.values()
-        older = (point for point in history[number + 1 :] if isinstance(point, Manifest))
+        older = (point for point in history[number + 1 :] if isinstance(point, Manifest) and manifest.went_through(point.save))
         repaired = repair(folder, manifest, bad, older, look, damage)
         if repaired is not None:
             return Choice(path, repaired, damage, is_in_memory)

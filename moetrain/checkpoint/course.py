@@ -59,14 +59,15 @@ class Course:
     def __init__(self, folder: CheckpointFolder, config: CheckpointConfig, turns: Turns) -> None:
         self._folder, self._config, self._turns = folder, config, turns
         self._line = Line()
+        self.ancestors: tuple[SaveId, ...] = ()  # for every manifest of this start
         self._attempts: dict[SaveId, Attempt] = {}  # on their way
         self._late: dict[SaveId, Attempt] = {}  # of which rank 0's agent has not said what became of them
         self.known_banks: dict[str, int] = {}
         self._lock = Lock()
 
-    def continues(self, line: Line) -> None:
+    def continues(self, line: Line, ancestors: tuple[SaveId, ...] = ()) -> None:
         """After a recovery."""
-        self._line = line
+        self._line, self.ancestors = line, ancestors
 
     def knows(self, banks: dict[str, int]) -> None:
         """The banks of the state that is saved, so that a full save that is still on its way can be built on."""

@@ -10,8 +10,9 @@ from moetrain.base.checksum import crc32c
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Slot
 from moetrain.checkpoint.job import Receipt, SaveJob
+from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.merge import collect, merge
-from moetrain.checkpoint.modes import Selection
+from moetrain.checkpoint.modes import Selection, keeps_weights_fresh
 from moetrain.checkpoint.writer import with_checksums
 from moetrain.store.boxes import tiles
 from moetrain.store.encode import stored_dtype
@@ -144,7 +145,8 @@ def _groups(selection: Selection) -> set[Group]:
 def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:
     """The recovery points that lie in memory, newest first: those of which every rank's part is there.
 
-    Experts that a generation left out come from older generations of the same job, else from the manifest on disk that it goes on from.
+    Experts that a generation left out come from older generations of the same job or from the manifest on disk that it goes on from, each
+    at its newest step, and the ledger says what these hold.
     """
     by_save: dict[SaveId, dict[int, Generation]] = defaultdict(dict)
     for one in generations:
@@ -156,30 +158,60 @@ def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manif
             continue
         older = [one for one in generations if one.save < save and one.save.epoch == save.epoch]
         try:
-            parent = _older(first.job, older, disk.get(first.job.parent) if first.job.parent else None)
-            points.append(merge(first.job, [parts[rank].receipt for rank in sorted(parts)], parent, first.time))
+            found = _older(first.job, older, disk.get(first.job.parent) if first.job.parent else None)
+            point = merge(first.job, [parts[rank].receipt for rank in sorted(parts)], found.manifest, first.time)
+            points.append(replace(point, ledger=_ledger(point, found)))
         except CheckpointError:
             continue  # it refers to what is gone
     return points
 
 
-def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> Manifest | None:
-    """A manifest for merging with: every expert at its newest step, whole, in memory or on disk."""
+@dataclass(frozen=True)
+class _Older:
+    """What a generation can be completed from. `ledgers`: of every object, one that says what it knows."""
+
+    manifest: Manifest
+    ledgers: dict[str, dict]
+
+
+def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> _Older:
+    """Every expert at its newest step, whole, in memory or on disk."""
+    found = _Older(_empty(job), {})
     if job.selection is None:
-        return None
-    tensors = dict(disk.tensors) if disk else {}
-    objects = dict(disk.objects) if disk else {}
+        return found
+    tensors, objects, ledgers = found.manifest.tensors, found.manifest.objects, found.ledgers
+    if disk is not None:
+        tensors |= disk.tensors
+        objects |= disk.objects
+        ledgers |= dict.fromkeys(disk.objects, disk.ledger)
     for save in sorted({one.save for one in older}):
-        receipts = [one.receipt for one in older if one.save == save]
+        parts = [one for one in older if one.save == save]
+        new = {record.name: record for one in parts for record in one.receipt.objects}
         written: dict[Group, list[Tensor]] = defaultdict(list)
-        for tensor, pieces in collect(receipts).values():
+        for tensor, pieces in collect(one.receipt for one in parts).values():
             if tensor.group and pieces:
                 written[tensor.group].append(replace(tensor, pieces=tuple(pieces)))
         for group_tensors in written.values():
             if all(tiles([(piece.offset, piece.shape) for piece in tensor.pieces], tensor.shape) for tensor in group_tensors):
-                tensors |= {tensor.key: tensor for tensor in group_tensors}
-        objects |= {record.name: record for receipt in receipts for record in receipt.objects}
-    return replace(_empty(job), tensors=tensors, objects=objects)
+                step = parts[0].job.step
+                tensors |= {
+                    tensor.key: tensor
+                    for tensor in group_tensors
+                    if tensor.key not in tensors or found.manifest.step_of(tensors[tensor.key]) <= step
+                }
+        objects |= new
+        ledgers |= dict.fromkeys(new, parts[0].job.ledger)
+    return found
+
+
+def _ledger(point: Manifest, older: _Older) -> dict:
+    """What the point holds of every expert: less than its save thought when a part of an older one is gone."""
+    ledger = Ledger.of_json(point.ledger, point.banks())
+    for tensor in point.tensors.values():
+        known = older.ledgers.get(tensor.pieces[0].object)
+        if point.ledger and known and tensor.group and tensor.component == "m":
+            ledger = ledger.with_expert(tensor.group, Ledger.of_json(known, {}), weights=not keeps_weights_fresh(point.mode))
+    return ledger.to_json() if point.ledger else {}
 
 
 def piece_crc(memory: memoryview, held: Held, piece: Piece) -> int:

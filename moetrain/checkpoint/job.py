@@ -10,7 +10,8 @@ from moetrain.store.manifest import ObjectRecord, SaveId, Tensor
 @dataclass(frozen=True)
 class SaveJob:
     """One rank's part of one save. `objects` go to the store too, `extras` stay in memory; `tensors`: what this rank holds and does not
-    copy, without pieces. The two selections say which experts are written to the store and copied into memory; None: all of them."""
+    copy, without pieces. The two selections say which experts are written to the store and copied into memory; None: all of them.
+    `ancestors`: as of a Manifest."""
 
     folder: str
     save: SaveId
@@ -30,6 +31,7 @@ class SaveJob:
     in_memory: Selection | None = None
     share: str = ""  # the first part of the names of `objects`, given by the agent
     ledger: dict = field(default_factory=dict)  # for the manifest
+    ancestors: tuple[SaveId, ...] = ()
 
     @property
     def plans(self) -> list[ObjectPlan]:
@@ -50,6 +52,7 @@ class SaveJob:
             | {
                 "save": SaveId(*found["save"]),
                 "parent": None if found["parent"] is None else SaveId(*found["parent"]),
+                "ancestors": tuple(SaveId(*one) for one in found["ancestors"]),
                 "objects": [_plan_of_json(plan) for plan in found["objects"]],
                 "extras": [_plan_of_json(plan) for plan in found["extras"]],
                 "tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]],

@@ -95,15 +95,15 @@ class Ledger:
             saved_weights=self.total,
         )
 
-    def with_expert(self, group: Group, source: "Ledger") -> "Ledger":
-        """With one expert's state taken from the recovery point of `source`, because the own one is damaged."""
+    def with_expert(self, group: Group, source: "Ledger", *, weights: bool = True) -> "Ledger":
+        """With one expert's state, and its `weights` too, taken from the recovery point of `source`."""
         bank, expert = group
-        held = source.saved[bank][expert] - source.lost[bank][expert]
-        held_weights = source.saved_weights[bank][expert] - source.lost_weights[bank][expert]
+        held = source.saved[bank][expert] - source.lost[bank][expert] + self.lost[bank][expert]
+        held_weights = source.saved_weights[bank][expert] - source.lost_weights[bank][expert] + self.lost_weights[bank][expert]
         return replace(
             self,
-            saved=_put(self.saved, group, held + self.lost[bank][expert]),
-            saved_weights=_put(self.saved_weights, group, held_weights + self.lost_weights[bank][expert]),
+            saved=_put(self.saved, group, held),
+            saved_weights=_put(self.saved_weights, group, held_weights) if weights else self.saved_weights,
             age=_put(self.age, group, max(self.age[bank][expert], source.age[bank][expert] + 1)),
         )
 

@@ -41,6 +41,7 @@ def merge(job: SaveJob, receipts: list[Receipt], parent: Manifest | None, now: f
         objects=objects,
         tensors=tensors,
         ledger=job.ledger,
+        ancestors=job.ancestors,
     )
 
 

@@ -183,6 +183,8 @@ def restore_together(
         if not bad:
             return choice, replace(describe(choice, state, world), read=read)
         found |= {choice.manifest.objects[name]: sentence for name, sentence in bad.items()}
+    if found:
+        raise CheckpointError(f"The checkpoints in {folder} went away while one of them was read.", "Start again when the folder is back.")
     return None
 
 

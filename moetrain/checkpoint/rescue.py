@@ -65,4 +65,4 @@ def job_of(one: Generation, save: SaveId, folder: CheckpointFolder) -> tuple[Sav
         plans.append(ObjectPlan(label, held.dtype, held.size, tensors, []))
         kept.append(held)
     rest = [tensor for tensor in one.receipt.tensors if not tensor.pieces and not is_derived(tensor)]
-    return replace(one.job, save=save, objects=plans, tensors=rest, share=share), kept
+    return replace(one.job, save=save, objects=plans, tensors=rest, share=share, ancestors=(*one.job.ancestors, one.save)), kept

@@ -1,5 +1,6 @@
 """What an agent does with a rank's part of a save: objects and a receipt; rank 0's also commits. Imports no torch."""
 
+import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -23,12 +24,17 @@ from moetrain.store.objects import CheckpointFolder, Superseded
 ORPHAN_SECONDS = 5.0  # how long rank 0's agent still waits for news when its rank is dead,
 ORPHAN_BUSY_SECONDS = 20.0  # and how long when every rank without a receipt has begun to write
 POLLS_PER_WAIT = 20  # a receipt is seen at most a twentieth later than it comes
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Alive = Callable[[], bool]
 
 
 class LostParent(CheckpointError):
     """The recovery point that this save refers to cannot be read; the next one must hold every expert."""
+
+
+class Unsure(CheckpointError):
+    """The manifest was sent and no answer came: it may appear yet, so what it refers to stays until a sweep that does not find it."""
 
 
 def persist(job: SaveJob, memories: Sequence[memoryview], folder: CheckpointFolder) -> Receipt:
@@ -125,14 +131,17 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
 
 
 def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, clock: Clock) -> Manifest:
-    """Rank 0: makes the recovery point exist. Raises CheckpointError or OSError when the save was not committed."""
+    """Rank 0: makes the recovery point exist. Raises CheckpointError or OSError when it does not, Unsure when it may yet."""
     folder.check_claim(job.save.epoch)  # first: where the whole folder is away its newest checkpoint is not damaged
     manifest = merge(job, receipts, _parent(job, folder), clock.now())
     try:
         folder.commit(manifest)
-    except OSError:
-        if folder.outcome(job.save) is not True:
-            raise  # an error after the name appeared, as of the last fsync, undoes nothing
+    except OSError as error:
+        if folder.outcome(job.save) is True:
+            return manifest  # an error after the name appeared, as of the last fsync, undoes nothing
+        if error.errno in FULL:
+            raise
+        raise Unsure(str(error)) from error
     return manifest
 
 
@@ -172,6 +181,10 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
             swept = _sweep(job, folder)
     except Superseded as error:
         return Reply("superseded", str(error), num_bytes, clock.monotonic() - started)
+    except Unsure as error:
+        with suppress(OSError):
+            folder.give_up(job.save, str(error))
+        return Reply("abandoned", str(error), num_bytes, clock.monotonic() - started)
     except (OSError, CheckpointError) as error:
         with suppress(OSError):
             folder.abandon(job.save, str(error), needs_full=isinstance(error, LostParent))

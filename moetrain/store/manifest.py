@@ -95,7 +95,8 @@ class ObjectRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One recovery point. `parent`: the recovery point from which experts not written this time were taken over."""
+    """One recovery point. `parent`: the recovery point from which experts not written this time were taken over. `ancestors`: of every
+    earlier start that this one goes back to, the save at which the next start went on, oldest first."""
 
     save: SaveId
     parent: SaveId | None
@@ -111,6 +112,16 @@ class Manifest:
     objects: dict[str, ObjectRecord]
     tensors: dict[str, Tensor]
     ledger: dict = field(default_factory=dict)  # tokens per expert: routed, held by its objects, lost; {} when nobody counted
+    ancestors: tuple[SaveId, ...] = ()
+
+    def went_through(self, save: SaveId) -> bool:
+        """Whether the training that led here had made that save, or is it: what a rollback left behind is as old, but of another course."""
+        return is_on(self.way, save)
+
+    @property
+    def way(self) -> tuple[SaveId, ...]:
+        """The last save of every start that led here."""
+        return (*self.ancestors, self.save)
 
     @property
     def seq(self) -> int:
@@ -175,10 +186,16 @@ class Manifest:
             found |= {
                 "save": SaveId(*found["save"]),
                 "parent": None if found["parent"] is None else SaveId(*found["parent"]),
+                "ancestors": tuple(SaveId(*one) for one in found.get("ancestors", ())),
                 "objects": {record["name"]: ObjectRecord(**record) for record in found["objects"]},
                 "tensors": by_key(Tensor.of_json(tensor) for tensor in found["tensors"]),
             }
             return cls(**found)
+
+
+def is_on(way: Iterable[SaveId], save: SaveId) -> bool:
+    """Whether starts whose last saves are these made that save, or one of them is it."""
+    return any(save.epoch == last.epoch and save.seq <= last.seq for last in way)
 
 
 def by_key(tensors: Iterable[Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from moetrain.base.errors import CheckpointError
 from moetrain.store.backend import Backend
-from moetrain.store.manifest import Manifest, SaveId, seal, unseal
+from moetrain.store.manifest import Manifest, SaveId, is_on, seal, unseal
 from moetrain.store.pins import INTENT, Pins
 
 DEAD = ".objects.json"
@@ -33,10 +33,11 @@ class Points(Protocol):
 
 @dataclass(frozen=True)
 class Needs:
-    """What a recovery point refers to. `objects`: names."""
+    """What a recovery point refers to. `objects`: names; `way`: as of a Manifest."""
 
     parent: SaveId | None
     objects: frozenset[str]
+    way: tuple[SaveId, ...]
 
 
 class Sweep:
@@ -85,10 +86,13 @@ class Sweep:
     def _drop_manifests(self, keep: int) -> None:
         good, drop = 0, []
         pinned = self._pins.kept()
+        way: tuple[SaveId, ...] = ()  # of the newest; what a rollback left behind repairs nothing, so it does not count
         for save in self._points.saves():
             if good >= keep and save not in pinned:
                 drop.append(save)
-            good += self._needs_of(save) is not None
+            if (needs := self._needs_of(save)) is not None:
+                way = way or needs.way
+                good += is_on(way, save)
         if not drop:
             return
         self._say(INTENT, {"manifests": [str(save) for save in drop]})
@@ -118,7 +122,7 @@ class Sweep:
             except CheckpointError as error:
                 self._damage[save] = error.message
                 return None
-            self._needs[save] = Needs(point.parent, frozenset(point.objects))
+            self._needs[save] = Needs(point.parent, frozenset(point.objects), point.way)
         return self._needs[save]
 
     def _dead(self, live: set[str]) -> Iterator[str]:

@@ -72,7 +72,7 @@ def prepare(
     limit = 30.0 if world == 1 else 0.3  # a rank that was killed is not waited for
     values = (version, version, "experts", selection, plans, held, {"step": version}, keep, limit)
     share = CheckpointFolder(folder, io or Io()).new_share(save, rank)
-    job = SaveJob(str(folder), save, parent, rank, world, *values, share=share)
+    job = SaveJob(str(folder), save, parent, rank, world, *values, share=share, ancestors=newest.way if newest else ())
     objects = [with_checksums(plan, share, view) for plan, view in zip(plans, views(plans, arena), strict=True)]
     return replace(job, objects=objects)
 

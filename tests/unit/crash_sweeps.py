@@ -135,7 +135,7 @@ class Schedule:
         folder.put_receipt(save, 0, {})
         records = {name: ObjectRecord(name, save.seq, 2, 0) for name in (inherited | names).values()}
         values = (save, parent and parent.save, 0, save.seq, 0.0, "experts", parent is None, 2, 1, 1, {}, records, {})
-        folder.commit(Manifest(*values))
+        folder.commit(Manifest(*values, ancestors=parent.way if parent else ()))
         self._newest = save
         if sweeps:
             folder.sweep(self._keep, save)
