@@ -213,10 +213,9 @@ class NodeMemory:
         answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
         if "full" in answer:
             raise NoRoom(answer["full"], answer["hint"], answer["is_passing"], answer["is_empty"])
-        for path in answer["slots"]:
-            if path not in self._maps:
-                self._maps[path] = map_slot(path)
-        return {path: self._maps[path] for path in answer["slots"]}
+        maps = {path: self._maps.get(path) or map_slot(path) for path in answer["slots"]}
+        self._maps |= maps
+        return maps
 
     def filled(self, job: SaveJob, slots: Sequence[str]) -> None:
         """The copy is complete; when this returns it outlives this process. Raises AgentDied."""
@@ -325,7 +324,8 @@ class NodeMemory:
         return link
 
     def _drop(self, lane: str) -> None:
-        self._maps = {}
+        if lane == "copy":  # the slots may be another agent's to give
+            self._maps = {}
         link = self._links.pop(lane, None)
         if link is not None:
             link.close()

@@ -10,13 +10,14 @@ import pytest
 from moetrain.base.clock import SystemClock
 from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
-from moetrain.checkpoint.arena import Arena
+from moetrain.checkpoint.arena import Arena, map_slot
 from moetrain.checkpoint.process import AgentDied, AgentLate, Link, Needs, NodeMemory, SocketLink
 from moetrain.checkpoint.serve import PULSE, SOCKET, Server
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from tests.clock import FakeClock
+from tests.unit.checkpoint_kit import LocalNode
 
 
 class Stoppable:
@@ -131,3 +132,15 @@ def test_an_agent_that_ended_is_no_late_one(tmp_path):
     assert memory.list() is None
     with pytest.raises(AgentDied, match="no agent"):
         memory._call("copy", {"op": "status"}, start=False)
+
+
+def test_a_persist_link_that_ends_while_slots_are_mapped_disturbs_no_copy(monkeypatch):
+    memory = NodeMemory(LocalNode(), 0, 1, SystemClock())
+
+    def map_and_drop(path: str):
+        for lane in ("persist", "copy"):  # as both lanes' threads, and those that wait for the partner, may at any moment
+            memory._drop(lane)
+        return map_slot(path)
+
+    monkeypatch.setattr("moetrain.checkpoint.process.map_slot", map_and_drop)
+    assert len(memory.reserve(SaveId(1, 1), Needs(), [100, 5000])) == 2
