@@ -213,6 +213,7 @@ class NodeMemory:
         answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
         if "full" in answer:
             raise NoRoom(answer["full"], answer["hint"], answer["is_passing"], answer["is_empty"])
+        self._maps = {path: memory for path, memory in self._maps.items() if os.path.exists(path)}
         maps = {path: self._maps.get(path) or map_slot(path) for path in answer["slots"]}
         self._maps |= maps
         return maps

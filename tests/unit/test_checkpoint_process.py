@@ -1,9 +1,13 @@
 """A rank and the agent of its node: what is waited for, and for how long. Sockets and clocks, no processes."""
 
+import mmap
+import os
 import socket
+from contextlib import ExitStack
 from math import inf
 from pathlib import Path
 from threading import Thread
+from typing import BinaryIO
 
 import pytest
 
@@ -18,6 +22,8 @@ from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from tests.clock import FakeClock
 from tests.unit.checkpoint_kit import LocalNode
+
+PAGE = mmap.PAGESIZE
 
 
 class Stoppable:
@@ -144,3 +150,17 @@ def test_a_persist_link_that_ends_while_slots_are_mapped_disturbs_no_copy(monkey
 
     monkeypatch.setattr("moetrain.checkpoint.process.map_slot", map_and_drop)
     assert len(memory.reserve(SaveId(1, 1), Needs(), [100, 5000])) == 2
+
+
+def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
+    node = LocalNode(free=lambda base: 10 * PAGE - 512 * sum(os.fstat(one.fileno()).st_blocks for one in seen))
+    memory = NodeMemory(node, 0, 1, SystemClock())
+    with ExitStack() as files:
+        seen: list[BinaryIO] = []
+        for number, sizes in enumerate(([2 * PAGE] * 4, [5 * PAGE], [9 * PAGE]), start=1):
+            maps = memory.reserve(SaveId(1, number), Needs(), sizes)
+            seen += [files.enter_context(open(path, "rb")) for path in maps]
+            assert memory._maps.keys() == node.agent.arena.slots.keys()
+        views = list(map(memoryview, maps.values()))
+        memory.reserve(SaveId(1, 4), Needs(), [10 * PAGE])
+        assert not any(map(any, views))
