@@ -16,7 +16,7 @@ from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena, map_slot
 from moetrain.checkpoint.process import AgentDied, AgentLate, Link, Needs, NodeMemory, SocketLink
-from moetrain.checkpoint.serve import PULSE, SOCKET, Server
+from moetrain.checkpoint.serve import PULSE, SOCKET, Server, remove_stale
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
@@ -164,3 +164,20 @@ def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
         views = list(map(memoryview, maps.values()))
         memory.reserve(SaveId(1, 4), Needs(), [10 * PAGE])
         assert not any(map(any, views))
+
+
+def test_what_an_agent_leaves_is_as_old_as_its_death(tmp_path):
+    """The agent of another run that starts beside one that has just been killed."""
+    own, spare = (tmp_path / base / f"moetrain-{os.getuid()}-x" for base in ("shared", "temporary"))
+    for folder in (own, spare):
+        folder.mkdir(mode=0o700, parents=True)
+    agent = Agent(own, Arena([own / "slots", spare / "slots"]), Io(), SystemClock())
+    server = Server(agent, "127.0.0.1", 60.0, SystemClock())
+    for folder in (own, spare):
+        os.utime(folder, (0, 0))  # it started long ago
+    agent.left = {0: True}  # it looks once whether it is over
+    server.serve()
+    server.close()
+    for folder in (own, spare):
+        remove_stale(folder.parent, folder.parent / "another")
+        assert folder.exists()
