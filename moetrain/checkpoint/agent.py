@@ -108,11 +108,13 @@ class Agent:
         return self._identity(), b""
 
     def _leave(self, session: Session, request: dict, raw: memoryview) -> Answer:
-        """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start."""
+        """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start. What an older job needs is
+        not asked."""
         with self._lock:
-            self.left[request["rank"]] = True
-            if self.has_taken_leave:
-                self.shelf.remove(self.generations)
+            if request["epoch"] == self._epoch:
+                self.left[request["rank"]] = True
+                if self.has_taken_leave:
+                    self.shelf.remove(self.generations)
         return {}, b""
 
     def _reserve(self, session: Session, request: dict, raw: memoryview) -> Answer:

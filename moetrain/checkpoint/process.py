@@ -271,7 +271,7 @@ class NodeMemory:
         """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""
         if done and self._links:
             with suppress(AgentDied):
-                self._call("copy", {"op": "leave"}, start=False)
+                self._call("copy", {"op": "leave", "epoch": self._epoch}, start=False)
         self.close()
 
     def close(self) -> None:

@@ -224,6 +224,18 @@ def test_an_older_job_loses_the_memory_to_a_younger_one(tmp_path):
     young.save(2)
 
 
+def test_an_older_job_that_ends_leaves_the_younger_ones_memory_alone(tmp_path):
+    old = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    old.save(1, full=True)
+    young = restart(old)
+    young.load()
+    young.save(2)
+    young.copy(3)
+    old.ranks[0].finish()
+    assert not young.nodes[0].agent.has_taken_leave
+    assert_goes_on_from(young, 3)
+
+
 def test_starting_anew_forgets_what_is_in_memory(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
