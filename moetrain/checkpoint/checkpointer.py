@@ -56,11 +56,11 @@ class Checkpointer:
         self._rank, self._world, self._config = rank, world, config
         self._gather = gather or (lambda value: [agree(value)])
         self._folder = CheckpointFolder(absolute(folder), Io())
-        first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)}") or ""
-        save = SaveId.parse(first)
+        first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)} {self._folder.run()}") or ""
+        save, run = SaveId.parse(first), first.rpartition(" ")[2]
         assert save is not None
         self._next = save
-        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock)
+        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock, run)
         accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
         self._course = Course(self._folder, config, self._turns)

@@ -30,6 +30,7 @@ class SaveJob:
     in_memory: Selection | None = None
     share: str = ""  # the first part of the names of `objects`, given by the agent
     ledger: dict = field(default_factory=dict)  # for the manifest
+    run: str = ""  # as `folder` said when its epoch was claimed
 
     @property
     def plans(self) -> list[ObjectPlan]:

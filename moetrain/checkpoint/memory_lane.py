@@ -142,6 +142,7 @@ class MemoryLane:
             keep=self._config.keep,
             timeout_seconds=self._config.timeout_seconds,
             ledger=decision.ledger,
+            run=self._memory.run,
         )
         self._memory.filled(job, list(slots))
         self._standing.copied(pending.step)

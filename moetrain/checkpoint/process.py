@@ -200,8 +200,9 @@ class NodeMemory:
     alone for a while, longer each time; one that works on a large copy has all of `CALL_SECONDS`.
     """
 
-    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock) -> None:
-        self._connect, self._rank, self._epoch = connect, rank, epoch
+    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock, run: str = "") -> None:
+        """`run`: as the checkpoint folder said when the epoch was claimed; "": not known."""
+        self._connect, self._rank, self._epoch, self.run = connect, rank, epoch, run
         self._links: dict[str, Link] = {}
         self._locks = {"copy": Lock(), "persist": Lock()}
         self._maps: dict[str, mmap.mmap] = {}
@@ -262,7 +263,7 @@ class NodeMemory:
     def address(self) -> dict | None:
         """Where other nodes reach the agent, which is started when there is none; None when that fails."""
         try:
-            return self._call("copy", {"op": "join", "epoch": self._epoch})["address"]
+            return self._call("copy", self._join)["address"]
         except AgentDied as died:
             logger("checkpoint").warning(f"No copies go to another node: {died}.")
             return None
@@ -319,10 +320,14 @@ class NodeMemory:
         if link is None:
             raise AgentDied("this node has no agent")
         self._links[lane] = link
-        link.call({"op": "join", "rank": self._rank, "epoch": self._epoch}, CALL_SECONDS, silence_seconds)
+        link.call(self._join | {"rank": self._rank}, CALL_SECONDS, silence_seconds)
         if self._partner is not None:
             link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS, silence_seconds)
         return link
+
+    @property
+    def _join(self) -> dict:
+        return {"op": "join", "run": self.run, "epoch": self._epoch}
 
     def _drop(self, lane: str) -> None:
         if lane == "copy":  # the slots may be another agent's to give

@@ -205,7 +205,7 @@ def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
 def test_a_rank_that_dies_while_it_copies_leaves_no_slot_behind(tmp_path):
     node = LocalNode()
     link = node(start=True)
-    link.call({"op": "join", "rank": 0, "epoch": 1}, 1)
+    link.call({"op": "join", "rank": 0, "run": "", "epoch": 1}, 1)
     link.call({"op": "reserve", "rank": 0, "save": [1, 1], "sizes": [100, 5000]} | vars(Needs()), 1)
     assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FILLING] * 2
     link.close()
