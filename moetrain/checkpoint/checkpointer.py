@@ -135,13 +135,14 @@ class Checkpointer:
             raise CheckpointError(f"The checkpoint of step {pending.step} was not committed: {pending.reason}", kept)
 
     @collector_paused()
-    def load(self, state: ModelState, at: str) -> LoadReport | None:
+    def load(self, state: ModelState, at: str, is_restart: bool = False) -> LoadReport | None:
         """Restores the newest good recovery point into `state`, in place, on every rank the same one; None when there is none to restore.
 
-        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `gather` is called now and then.
+        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `is_restart`: of the same job, so
+        that what the memory of the nodes holds of this run goes before a path; the same on every rank. `gather` is called now and then.
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
-        memory = self._roster.look_around(at)
+        memory = self._roster.look_around("auto" if is_restart else at)
         self._next = max(self._next, SaveId(self._next.epoch, memory.newest_seq + 1))  # what lies there may yet be written under its number
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
