@@ -72,6 +72,7 @@ class Checkpointer:
         )
         self._pending: Pending | None = None
         self._newest: Pending | None = None  # that goes to the store
+        self._is_from_memory = False  # what was restored
         self._ledger = Ledger.of_banks(self._turns.banks)
 
     def count(self, load: Sequence[Sequence[int]]) -> None:
@@ -124,9 +125,10 @@ class Checkpointer:
             if pending is not None and not pending.done.wait(limit_seconds):
                 raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
         pending = self._newest
-        self._memory.leave(done=pending is None or (pending.committed and not pending.is_cut_short))
-        if pending is None:
+        if pending is None:  # what came from memory, or was copied since, is nowhere else
+            self._memory.leave(done=self._pending is None and not self._is_from_memory)
             return
+        self._memory.leave(done=pending.committed and not pending.is_cut_short)
         if pending.error is not None:
             raise pending.error
         if not pending.committed and not pending.is_in_memory_only:
@@ -147,7 +149,8 @@ class Checkpointer:
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
         )
-        self._memory.went_on(restored[0].manifest.save if restored and restored[0].is_in_memory else None)
+        self._is_from_memory = restored is not None and restored[0].is_in_memory
+        self._memory.went_on(restored[0].manifest.save if restored and self._is_from_memory else None)
         self._roster.draw_up(state)
         if restored is None:
             return None

@@ -244,6 +244,30 @@ def test_starting_anew_forgets_what_is_in_memory(tmp_path):
     assert job.nodes[0].agent.generations == {}
 
 
+@pytest.mark.parametrize("steps", [[], [18]], ids=["nothing", "a copy"])
+def test_a_start_that_saved_nothing_leaves_the_only_copy(tmp_path, steps):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(10)
+    job.copy(17)
+    again = restart(job)
+    again.load()
+    for step in steps:
+        again.copy(step)
+    again.ranks[0].finish()
+    assert not job.nodes[0].agent.has_taken_leave
+    assert_goes_on_from(job, max([17, *steps]))
+
+
+def test_a_start_that_read_the_disk_and_saved_nothing_leaves_no_agent(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(10)
+    job.ranks[0].finish()
+    again = restart(job)
+    again.load()
+    again.ranks[0].finish()
+    assert job.nodes[0].agent.has_taken_leave
+
+
 def begun_elsewhere(tmp_path: Path, nodes: list[LocalNode]) -> Job:
     """A job that began with the checkpoint of step 7 in another folder, and was killed before its own first one."""
     Job(tmp_path / "other", 1, 1).save(7)
