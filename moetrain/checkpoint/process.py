@@ -41,6 +41,10 @@ class AgentLate(AgentDied):
     """It did not answer in time. It may still do what it was asked for."""
 
 
+class HungUp(AgentDied):
+    """This rank has no connection to it any more, and makes none for what it asked."""
+
+
 class Link(Protocol):
     """One connection to an agent. Used by one thread at a time."""
 
@@ -224,8 +228,8 @@ class NodeMemory:
         self._copy({"op": "filled", "job": job.to_json(), "slots": list(slots)})
 
     def replicated(self, save: SaveId) -> tuple[bool, str]:
-        """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied."""
-        answer = self._copy({"op": "replicated", "save": save})
+        """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied, of which HungUp after `leave`."""
+        answer = self._copy({"op": "replicated", "save": save}, connects=False)
         return answer["done"], answer["trouble"]
 
     def persist(self, save: SaveId, parent: SaveId | None, ledger: dict, limit_seconds: float) -> Reply:
@@ -270,19 +274,18 @@ class NodeMemory:
 
     def leave(self, done: bool) -> None:
         """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""
-        if done and self._links:
-            with suppress(AgentDied):
-                self._call("copy", {"op": "leave", "epoch": self._epoch}, start=False)
-        self.close()
+        with self._locks["copy"]:
+            if done and self._links:
+                with suppress(AgentDied):
+                    self._answer("copy", {"op": "leave", "epoch": self._epoch}, CALL_SECONDS, start=False)
+            for lane in list(self._links):
+                self._drop(lane)
 
-    def close(self) -> None:
-        for link in self._links.values():
-            link.close()
-        self._links, self._maps = {}, {}
-
-    def _copy(self, request: dict) -> dict:
+    def _copy(self, request: dict, connects: bool = True) -> dict:
         """A call that may hold up training."""
         with self._locks["copy"]:
+            if not connects and "copy" not in self._links:
+                raise HungUp("this rank has no connection to the agent any more")
             if left := self._patience.seconds_left:
                 raise AgentLate(f"the agent of this node does not answer; it is asked again in {left:.0f} s")
             try:

@@ -15,7 +15,7 @@ from moetrain.base.clock import SystemClock
 from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena, map_slot
-from moetrain.checkpoint.process import AgentDied, AgentLate, Link, Needs, NodeMemory, SocketLink
+from moetrain.checkpoint.process import AgentDied, AgentLate, HungUp, Link, Needs, NodeMemory, SocketLink
 from moetrain.checkpoint.serve import PULSE, SOCKET, Server, remove_stale
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
@@ -164,6 +164,18 @@ def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
         views = list(map(memoryview, maps.values()))
         memory.reserve(SaveId(1, 4), Needs(), [10 * PAGE])
         assert not any(map(any, views))
+
+
+def test_who_still_waits_for_the_partner_does_not_join_again_after_the_leave():
+    node = LocalNode()
+    memory = NodeMemory(node, 0, 1, SystemClock())
+    memory.reserve(SaveId(1, 1), Needs(), [])
+    memory.leave(done=True)
+    with pytest.raises(HungUp):
+        memory.replicated(SaveId(1, 1))
+    assert node.agent.has_taken_leave
+    assert not node.agent.sessions
+    assert memory.reserve(SaveId(1, 2), Needs(), []) == {}  # a later save does
 
 
 def test_what_an_agent_leaves_is_as_old_as_its_death(tmp_path):
