@@ -244,65 +244,6 @@ def test_starting_anew_forgets_what_is_in_memory(tmp_path):
     assert job.nodes[0].agent.generations == {}
 
 
-@pytest.mark.parametrize("steps", [[], [18]], ids=["nothing", "a copy"])
-def test_a_start_that_saved_nothing_leaves_the_only_copy(tmp_path, steps):
-    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    job.save(10)
-    job.copy(17)
-    again = restart(job)
-    again.load()
-    for step in steps:
-        again.copy(step)
-    again.ranks[0].finish()
-    assert not job.nodes[0].agent.has_taken_leave
-    assert_goes_on_from(job, max([17, *steps]))
-
-
-def test_a_start_that_read_the_disk_and_saved_nothing_leaves_no_agent(tmp_path):
-    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    job.save(10)
-    job.ranks[0].finish()
-    again = restart(job)
-    again.load()
-    again.ranks[0].finish()
-    assert job.nodes[0].agent.has_taken_leave
-
-
-def begun_elsewhere(tmp_path: Path, nodes: list[LocalNode]) -> Job:
-    """A job that began with the checkpoint of step 7 in another folder, and was killed before its own first one."""
-    Job(tmp_path / "other", 1, 1).save(7)
-    job = Job(tmp_path / "run", 1, 1, nodes=nodes)
-    job.load(str(tmp_path / "other"))
-    for step in (30, 49):
-        job.copy(step)
-    return job
-
-
-def test_a_restart_before_the_first_checkpoint_of_a_run_that_began_elsewhere_loses_nothing(tmp_path):
-    job = begun_elsewhere(tmp_path, nodes_of(1))
-    again = restart(job)
-    report, whole = again.load(str(tmp_path / "other"), is_restart=True)
-    assert report is not None
-    assert report.step == 49
-    assert_equal(whole, expected(49))
-    assert all(pending.committed for pending in again.save(50))
-
-
-def test_a_second_start_of_a_run_that_began_elsewhere_begins_there_again(tmp_path):
-    job = begun_elsewhere(tmp_path, nodes_of(1))
-    assert_equal(restart(job).load(str(tmp_path / "other"))[1], expected(7))
-
-
-@pytest.mark.parametrize("damage", ["no memory", "damaged"])
-def test_a_restart_of_a_run_that_began_elsewhere_begins_there_again_when_no_copy_is_good(tmp_path, damage):
-    job = begun_elsewhere(tmp_path, nodes_of(1))
-    for slot in job.nodes[0].agent.arena.slots.values():
-        slot.memory[0] ^= 0x10
-    if damage == "no memory":
-        job.nodes[0] = LocalNode()
-    assert_equal(restart(job).load(str(tmp_path / "other"), is_restart=True)[1], expected(7))
-
-
 def test_a_run_that_took_its_leave_is_read_from_disk(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
