@@ -16,7 +16,7 @@ from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.recover import LoadReport, from_rank_zero
 from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.config import TrainConfig, batch_of, describe_horizon
-from moetrain.config.origin import origin, origin_run, remember_job, set_aside, settled_place
+from moetrain.config.origin import is_restart, origin, origin_run, remember_job, set_aside, settled_place
 from moetrain.config.saved import require_same_run, write_config
 from moetrain.data.batch import Batch
 from moetrain.data.corpus import Corpus, open_corpora
@@ -76,6 +76,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     engine = TorchEngine(config.model, config.parallel, config.engine, config.optim, world, mesh)
     check_order(engine, config.parallel, config.engine, batch)
     at = from_rank_zero(world.rank, world.agree, lambda: origin(config.checkpoint.resume, folder, os.environ)) or ""
+    again = from_rank_zero(world.rank, world.agree, lambda: "again" if is_restart(folder, os.environ) else "") == "again"
     resumed = origin_run(at, folder)
     before = None if resumed is None else require_same_run(config, content, resumed)
     world.barrier("every rank compared the configuration")
@@ -88,7 +89,7 @@ def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
         place, config.checkpoint, world.rank, world.size, world.agree, clock, gather=world.gather,
         turns=Turns(config.checkpoint, horizon(config, progress.total_steps)), board=world.board(),
     )  # fmt: skip
-    report = _start(config, at, before, content["tokenizer"], engine, checkpoint, progress)
+    report = _start(config, at, again, before, content["tokenizer"], engine, checkpoint, progress)
     if world.is_main:
         (folder / DONE_FILE).unlink(missing_ok=True)  # a finished run that is lengthened goes on
         write_config(config, content, folder, sys.argv[1:])
@@ -139,12 +140,12 @@ def content_of(corpora: list[Corpus], vocab_size: int) -> dict[str, str]:
 
 
 def _start(
-    config: TrainConfig, at: str, before: TrainConfig | None, tokenizer: str, engine: TorchEngine, checkpoint: Checkpointer,
-    progress: Progress,
+    config: TrainConfig, at: str, is_restart: bool, before: TrainConfig | None, tokenizer: str, engine: TorchEngine,
+    checkpoint: Checkpointer, progress: Progress,
 ) -> LoadReport | None:  # fmt: skip
     """Initial values, a bundle's, or the newest checkpoint's."""
     state = engine.state()
-    report = checkpoint.load(state, at)
+    report = checkpoint.load(state, at, is_restart)
     if report is None:
         engine.initialize(config.run.seed)
         if config.checkpoint.init_from:

@@ -25,6 +25,7 @@ from moetrain.checkpoint.writer import handle
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from moetrain.store.objects import CheckpointFolder, Superseded
+from moetrain.store.owner import are_two
 
 Alive = Callable[[], bool]
 Answer = tuple[dict, Buffer]
@@ -39,6 +40,7 @@ class Session:
     alive: Alive
     is_local: bool = True
     rank: int | None = None
+    run: str = ""  # of its job
     filling: dict[str, Slot] = field(default_factory=dict)
     reading: list[Slot] = field(default_factory=list)
 
@@ -56,7 +58,7 @@ class Agent:
         self.num_persisting = 0
         self.io, self._clock = io, clock
         self._jobs: dict[Key, tuple[SaveJob, list[Slot]]] = {}  # not yet asked to be persisted
-        self._epoch = self.shelf.epoch
+        self._run, self._epoch = self.shelf.job
         self._lock = RLock()
         self._gate = Gate()
         self._partner: Partner | None = None
@@ -101,25 +103,31 @@ class Agent:
     # ranks
 
     def _join(self, session: Session, request: dict, raw: memoryview) -> Answer:
+        run, epoch = request["run"], request["epoch"]
         with self._lock:
-            self._check_epoch(request["epoch"])
-            session.rank = request["rank"]
+            if are_two(run, self._run):  # the run that was here is gone, and another one has its folder
+                self.shelf.remove(self.generations)
+                self._begin(run, epoch)
+            self._check_job(run, epoch)
+            session.rank, session.run = request["rank"], run
             self.left[request["rank"]] = False
         return self._identity(), b""
 
     def _leave(self, session: Session, request: dict, raw: memoryview) -> Answer:
-        """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start."""
+        """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start. What an older job needs is
+        not asked."""
         with self._lock:
-            self.left[request["rank"]] = True
-            if self.has_taken_leave:
-                self.shelf.remove(self.generations)
+            if not are_two(session.run, self._run) and request["epoch"] == self._epoch:
+                self.left[request["rank"]] = True
+                if self.has_taken_leave:
+                    self.shelf.remove(self.generations)
         return {}, b""
 
     def _reserve(self, session: Session, request: dict, raw: memoryview) -> Answer:
         """Slots for one rank's part of a save; the rest of the request is `process.Needs`."""
         save, keep = SaveId(*request["save"]), request["keep"] and SaveId(*request["keep"])
         with self._lock:
-            self._check_epoch(save.epoch)
+            self._check_job(session.run, save.epoch)
             self._forget_jobs(request["rank"], {SaveId(*one) for one in request["writing"]})
             self.arena.release(session.filling.values(), State.FILLING)  # of a copy that came to nothing
             session.filling = {}
@@ -149,7 +157,7 @@ class Agent:
         share = CheckpointFolder(Path(job.folder), self.io).new_share(job.save, job.rank)
         job, generation = sealed(job, share, slots, self._clock.now())
         with self._lock:
-            self._check_epoch(job.save.epoch)
+            self._check_job(job.run, job.save.epoch)
             self.shelf.put(generation)
             self._filled_up(session, slots)
             if job.objects:  # held until `persist` is over, whatever becomes of the generation
@@ -213,7 +221,7 @@ class Agent:
         a course that the run has left."""
         keep = request["keep"] and SaveId(*request["keep"])
         with self._lock:
-            self._check_epoch(request["epoch"])
+            self._check_job(session.run, request["epoch"])
             self.arena.release(session.reading, State.RECOVERY)
             session.reading = []
             if keep is not None:
@@ -245,7 +253,7 @@ class Agent:
         slots = [session.filling[held.slot] for held in generation.held.values()]
         generation.check({slot.path: memoryview(slot.memory) for slot in slots})
         with self._lock:
-            self._check_epoch(generation.save.epoch)
+            self._check_job(generation.job.run, generation.save.epoch)
             self.shelf.put(generation)
             self._filled_up(session, slots)
         return {}, b""
@@ -253,7 +261,7 @@ class Agent:
     def _keep(self, session: Session, request: dict, raw: memoryview) -> Answer:
         with self._lock:
             save = SaveId(*request["save"])
-            self._check_epoch(save.epoch)
+            self._check_job(session.run, save.epoch)
             self.shelf.drop(request["rank"], request["keep"] and SaveId(*request["keep"]), save)
             if request["alone"]:
                 self.shelf.remove(key for key in self.generations if key[1] == request["rank"] and key[0] < save)
@@ -282,30 +290,30 @@ class Agent:
     def rescue(self) -> None:
         """No rank has come back: what would be lost with this agent goes to the store. Ranks may come back meanwhile."""
         with self._lock:
-            saves, epoch = whole_saves(self.generations.values()), self._epoch
+            saves, job = whole_saves(self.generations.values()), self._job
             self.num_persisting += 1
         try:
             for parts in saves:
-                if self._is_rescued(parts, epoch):
+                if self._is_rescued(parts, job):
                     return
         finally:
             with self._lock:
                 self.num_persisting -= 1
 
-    def _is_rescued(self, parts: list[Generation], epoch: int) -> bool:
+    def _is_rescued(self, parts: list[Generation], job: tuple[str, int]) -> bool:
         """Tries again for a while when the folder cannot be used; True when nothing older is to be tried."""
         with self._lock:
-            if self._epoch != epoch:  # ranks are back, and memory is theirs
+            if self._job != job:  # ranks are back, and memory is theirs
                 return True
             slots = [self.arena.slots[held.slot] for one in parts for held in one.held.values()]
             self.arena.hold(slots, State.PERSISTING)
         deadline = self._clock.monotonic() + parts[0].job.timeout_seconds
         try:
-            while self._epoch == epoch and not self.is_stopped and self._clock.monotonic() < deadline:
+            while self._job == job and not self.is_stopped and self._clock.monotonic() < deadline:
                 with suppress(OSError, CheckpointError):
-                    return rescue(parts, epoch, self._memory_of, self.io, self._clock, self._gate)
+                    return rescue(parts, job[1], self._memory_of, self.io, self._clock, self._gate)
                 self._clock.sleep(RETRY_SECONDS)
-            return self._epoch != epoch or self.is_stopped
+            return self._job != job or self.is_stopped
         finally:
             with self._lock:
                 self.arena.release(slots, State.PERSISTING)
@@ -318,11 +326,19 @@ class Agent:
     def _identity(self) -> dict:
         return {"address": None if self.address is None else vars(self.address), "folder": str(self.folder)}
 
-    def _check_epoch(self, epoch: int) -> None:
-        """Of two jobs on one node and one run folder the younger wins."""
-        if epoch < self._epoch:
+    @property
+    def _job(self) -> tuple[str, int]:
+        return self._run, self._epoch
+
+    def _check_job(self, run: str, epoch: int) -> None:
+        """Of two jobs on one node and one run folder the younger wins; where the folder is a new one, the one that has joined since."""
+        if epoch < self._epoch or are_two(run, self._run):
             raise Superseded(f"Another job has taken over the memory of this node (epoch {self._epoch}, this job has {epoch}).")
         if epoch > self._epoch:
-            for _, slots in self._jobs.values():
-                self.arena.release(slots, State.PERSISTING)
-            self._epoch, self.left, self._jobs = epoch, {}, {}
+            self._begin(run, epoch)
+
+    def _begin(self, run: str, epoch: int) -> None:
+        """Whatever the job before this one wanted is over."""
+        for _, slots in self._jobs.values():
+            self.arena.release(slots, State.PERSISTING)
+        self._run, self._epoch, self.left, self._jobs = run or self._run, epoch, {}, {}

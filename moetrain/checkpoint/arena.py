@@ -192,13 +192,18 @@ class Arena:
     def _new(self, size: int, spare: dict[int, list[Slot]]) -> Slot:
         slot = self._create(size)
         while slot is None and any(spare.values()):  # of sizes that are not asked for any more
-            old = next(slots for slots in spare.values() if slots).pop()
-            del self.slots[old.path]
-            os.unlink(old.path)
+            self._remove(next(slots for slots in spare.values() if slots).pop())
             slot = self._create(size)
         if slot is None:
             raise self.no_room(size)
         return slot
+
+    def _remove(self, slot: Slot) -> None:
+        """Its pages are given back at once, whoever still maps them: zeros are read there from now on."""
+        with suppress(OSError):  # a file system that cannot waits for the last of those maps
+            slot.memory.madvise(mmap.MADV_REMOVE)
+        del self.slots[slot.path]
+        os.unlink(slot.path)
 
     def _create(self, size: int) -> Slot | None:
         for folder in self.folders:

@@ -56,11 +56,11 @@ class Checkpointer:
         self._rank, self._world, self._config = rank, world, config
         self._gather = gather or (lambda value: [agree(value)])
         self._folder = CheckpointFolder(absolute(folder), Io())
-        first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)}") or ""
-        save = SaveId.parse(first)
+        first = from_rank_zero(rank, agree, lambda: f"{self._folder.claim(clock.now())} {secrets.token_hex(4)} {self._folder.run()}") or ""
+        save, run = SaveId.parse(first), first.rpartition(" ")[2]
         assert save is not None
         self._next = save
-        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock)
+        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock, run)
         accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
         self._course = Course(self._folder, config, self._turns)
@@ -72,6 +72,7 @@ class Checkpointer:
         )
         self._pending: Pending | None = None
         self._newest: Pending | None = None  # that goes to the store
+        self._is_from_memory = False  # what was restored
         self._ledger = Ledger.of_banks(self._turns.banks)
 
     def count(self, load: Sequence[Sequence[int]]) -> None:
@@ -124,9 +125,10 @@ class Checkpointer:
             if pending is not None and not pending.done.wait(limit_seconds):
                 raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
         pending = self._newest
-        self._memory.leave(done=pending is None or (pending.committed and not pending.is_cut_short))
-        if pending is None:
+        if pending is None:  # what came from memory, or was copied since, is nowhere else
+            self._memory.leave(done=self._pending is None and not self._is_from_memory)
             return
+        self._memory.leave(done=pending.committed and not pending.is_cut_short)
         if pending.error is not None:
             raise pending.error
         if not pending.committed and not pending.is_in_memory_only:
@@ -135,18 +137,20 @@ class Checkpointer:
             raise CheckpointError(f"The checkpoint of step {pending.step} was not committed: {pending.reason}", kept)
 
     @collector_paused()
-    def load(self, state: ModelState, at: str) -> LoadReport | None:
+    def load(self, state: ModelState, at: str, is_restart: bool = False) -> LoadReport | None:
         """Restores the newest good recovery point into `state`, in place, on every rank the same one; None when there is none to restore.
 
-        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `gather` is called now and then.
+        `at`: auto (this folder, if it has one) | must | never | path of a run or checkpoint folder. `is_restart`: of the same job, so
+        that what the memory of the nodes holds of this run goes before a path; the same on every rank. `gather` is called now and then.
         Raises CheckpointError on every rank when a checkpoint was asked for and there is none, or none is good.
         """
-        memory = self._roster.look_around(at)
+        memory = self._roster.look_around("auto" if is_restart else at)
         self._next = max(self._next, SaveId(self._next.epoch, memory.newest_seq + 1))  # what lies there may yet be written under its number
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
         )
-        self._memory.went_on(restored[0].manifest.save if restored and restored[0].is_in_memory else None)
+        self._is_from_memory = restored is not None and restored[0].is_in_memory
+        self._memory.went_on(restored[0].manifest.save if restored and self._is_from_memory else None)
         self._roster.draw_up(state)
         if restored is None:
             self._check_that_nothing_is_there(at)

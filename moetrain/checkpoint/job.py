@@ -32,6 +32,7 @@ class SaveJob:
     share: str = ""  # the first part of the names of `objects`, given by the agent
     ledger: dict = field(default_factory=dict)  # for the manifest
     ancestors: tuple[SaveId, ...] = ()
+    run: str = ""  # as `folder` said when its epoch was claimed
 
     @property
     def plans(self) -> list[ObjectPlan]:

@@ -24,7 +24,7 @@ from moetrain.checkpoint.modes import is_derived, is_written
 from moetrain.checkpoint.pending import Pending
 from moetrain.checkpoint.persist_lane import FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, PersistLane
 from moetrain.checkpoint.plan import Part, lay_out, my_parts
-from moetrain.checkpoint.process import AgentDied, Needs, NodeMemory
+from moetrain.checkpoint.process import AgentDied, HungUp, Needs, NodeMemory
 from moetrain.checkpoint.roster import Roster
 from moetrain.checkpoint.status import Standing
 from moetrain.model.state import ModelState
@@ -143,6 +143,7 @@ class MemoryLane:
             timeout_seconds=self._config.timeout_seconds,
             ledger=decision.ledger,
             ancestors=self._course.ancestors,
+            run=self._memory.run,
         )
         self._memory.filled(job, list(slots))
         self._standing.copied(pending.step)
@@ -195,7 +196,8 @@ class MemoryLane:
                 trouble = found if done else trouble
         except AgentDied as died:
             self._accord.leave_out(pending.save)
-            logger("checkpoint").warning(f"The copy of step {pending.step} is lost: {died}.")
+            if not isinstance(died, HungUp):
+                logger("checkpoint").warning(f"The copy of step {pending.step} is lost: {died}.")
             return
         self._is_ready(pending, trouble)
 

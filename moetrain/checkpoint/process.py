@@ -41,6 +41,10 @@ class AgentLate(AgentDied):
     """It did not answer in time. It may still do what it was asked for."""
 
 
+class HungUp(AgentDied):
+    """This rank has no connection to it any more, and makes none for what it asked."""
+
+
 class Link(Protocol):
     """One connection to an agent. Used by one thread at a time."""
 
@@ -200,8 +204,9 @@ class NodeMemory:
     alone for a while, longer each time; one that works on a large copy has all of `CALL_SECONDS`.
     """
 
-    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock) -> None:
-        self._connect, self._rank, self._epoch = connect, rank, epoch
+    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock, run: str = "") -> None:
+        """`run`: as the checkpoint folder said when the epoch was claimed; "": not known."""
+        self._connect, self._rank, self._epoch, self.run = connect, rank, epoch, run
         self._links: dict[str, Link] = {}
         self._locks = {"copy": Lock(), "persist": Lock()}
         self._maps: dict[str, mmap.mmap] = {}
@@ -213,18 +218,18 @@ class NodeMemory:
         answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
         if "full" in answer:
             raise NoRoom(answer["full"], answer["hint"], answer["is_passing"], answer["is_empty"])
-        for path in answer["slots"]:
-            if path not in self._maps:
-                self._maps[path] = map_slot(path)
-        return {path: self._maps[path] for path in answer["slots"]}
+        self._maps = {path: memory for path, memory in self._maps.items() if os.path.exists(path)}
+        maps = {path: self._maps.get(path) or map_slot(path) for path in answer["slots"]}
+        self._maps |= maps
+        return maps
 
     def filled(self, job: SaveJob, slots: Sequence[str]) -> None:
         """The copy is complete; when this returns it outlives this process. Raises AgentDied."""
         self._copy({"op": "filled", "job": job.to_json(), "slots": list(slots)})
 
     def replicated(self, save: SaveId) -> tuple[bool, str]:
-        """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied."""
-        answer = self._copy({"op": "replicated", "save": save})
+        """Whether the partner was sent this rank's part, and what went wrong. Raises AgentDied, of which HungUp after `leave`."""
+        answer = self._copy({"op": "replicated", "save": save}, connects=False)
         return answer["done"], answer["trouble"]
 
     def persist(self, save: SaveId, parent: SaveId | None, ledger: dict, limit_seconds: float) -> Reply:
@@ -262,26 +267,25 @@ class NodeMemory:
     def address(self) -> dict | None:
         """Where other nodes reach the agent, which is started when there is none; None when that fails."""
         try:
-            return self._call("copy", {"op": "join", "epoch": self._epoch})["address"]
+            return self._call("copy", self._join)["address"]
         except AgentDied as died:
             logger("checkpoint").warning(f"No copies go to another node: {died}.")
             return None
 
     def leave(self, done: bool) -> None:
         """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""
-        if done and self._links:
-            with suppress(AgentDied):
-                self._call("copy", {"op": "leave"}, start=False)
-        self.close()
+        with self._locks["copy"]:
+            if done and self._links:
+                with suppress(AgentDied):
+                    self._answer("copy", {"op": "leave", "epoch": self._epoch}, CALL_SECONDS, start=False)
+            for lane in list(self._links):
+                self._drop(lane)
 
-    def close(self) -> None:
-        for link in self._links.values():
-            link.close()
-        self._links, self._maps = {}, {}
-
-    def _copy(self, request: dict) -> dict:
+    def _copy(self, request: dict, connects: bool = True) -> dict:
         """A call that may hold up training."""
         with self._locks["copy"]:
+            if not connects and "copy" not in self._links:
+                raise HungUp("this rank has no connection to the agent any more")
             if left := self._patience.seconds_left:
                 raise AgentLate(f"the agent of this node does not answer; it is asked again in {left:.0f} s")
             try:
@@ -319,13 +323,18 @@ class NodeMemory:
         if link is None:
             raise AgentDied("this node has no agent")
         self._links[lane] = link
-        link.call({"op": "join", "rank": self._rank, "epoch": self._epoch}, CALL_SECONDS, silence_seconds)
+        link.call(self._join | {"rank": self._rank}, CALL_SECONDS, silence_seconds)
         if self._partner is not None:
             link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS, silence_seconds)
         return link
 
+    @property
+    def _join(self) -> dict:
+        return {"op": "join", "run": self.run, "epoch": self._epoch}
+
     def _drop(self, lane: str) -> None:
-        self._maps = {}
+        if lane == "copy":  # the slots may be another agent's to give
+            self._maps = {}
         link = self._links.pop(lane, None)
         if link is not None:
             link.close()

@@ -137,12 +137,16 @@ def agreed_choice(
 ) -> Choice | None:
     """The recovery point to restore. `at`: auto (own folder, None when it has none) | must | never | a path.
 
+    Of this run's own folder what lies in memory counts too, and where `in_memory` finds something there, a path only if that is damaged.
     By default all of it is read, so that it is known to be good before any state is touched.
     Raises CheckpointError when there is none (must, a path) or none is good.
     """
     if at == "never":
         return None
     path = folder if at in ("auto", "must") else resolve(Path(at))
+    if path != folder and in_memory([]):
+        with suppress(CheckpointError):
+            return choose(folder, io or Io(), look, in_memory)
     choice = choose(path, io or Io(), look, in_memory if path == folder else nothing_in_memory)
     if choice is None and at != "auto":
         raise CheckpointError(f"There is no checkpoint in {path}.", "Start anew with checkpoint.resume=auto.")

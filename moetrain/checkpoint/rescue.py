@@ -36,7 +36,7 @@ def rescue(parts: list[Generation], epoch: int, memory: Callable[[str], memoryvi
     folder = CheckpointFolder(Path(parts[0].job.folder), io)
     save = SaveId(epoch, parts[0].save.seq)
     try:
-        folder.check_claim(epoch)
+        folder.check_claim(epoch, parts[0].job.run)
     except Superseded:
         return True
     if (newest := next(iter(folder.saves()), None)) is not None and newest >= parts[0].save:

@@ -86,6 +86,7 @@ class Server:
         quiet_since, limit = self._clock.monotonic(), max(GRACE_SECONDS, self._linger)
         rescuing: Thread | None = None  # nobody came back
         while not (self.agent.is_stopped and not self.agent.num_persisting):
+            self._show_life()
             for listener in select.select([self._local, self._remote, self._pulse], [], [], LOOK_SECONDS)[0]:
                 connection, _ = listener.accept()
                 if listener is self._pulse:
@@ -106,6 +107,12 @@ class Server:
             elif now - quiet_since > limit:
                 rescuing = Thread(target=self.agent.rescue, daemon=True)
                 rescuing.start()
+
+    def _show_life(self) -> None:
+        """How long an agent has been dead is told by the age of its folders."""
+        for slots in self.agent.arena.folders:
+            with suppress(OSError):
+                os.utime(slots.parent)
 
     def close(self) -> None:
         for listener in (self._local, self._remote, self._pulse):

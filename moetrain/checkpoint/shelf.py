@@ -26,9 +26,10 @@ class Shelf:
         self._take_over()
 
     @property
-    def epoch(self) -> int:
-        """Of the newest job that left something here."""
-        return max((save.epoch for save, _ in self.generations), default=0)
+    def job(self) -> tuple[str, int]:
+        """The run and the epoch of the newest job that left something here."""
+        newest = max(self.generations.values(), key=lambda one: one.save, default=None)
+        return ("", 0) if newest is None else (newest.job.run, newest.save.epoch)
 
     def put(self, generation: Generation) -> None:
         """In the place of one with the same key. Its slots are the caller's to let go of. Raises OSError."""

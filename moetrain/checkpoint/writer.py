@@ -118,7 +118,7 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
         missing = [rank for rank in range(job.world) if rank not in receipts]
         if not missing:
             return [receipts[rank] for rank in range(job.world)]
-        folder.check_claim(job.save.epoch)
+        folder.check_claim(job.save.epoch, job.run)
         limit = started + job.timeout_seconds
         if not alive():
             orphaned = clock.monotonic() if orphaned is None else orphaned
@@ -132,7 +132,7 @@ def gather(job: SaveJob, own: Receipt, folder: CheckpointFolder, clock: Clock, a
 
 def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, clock: Clock) -> Manifest:
     """Rank 0: makes the recovery point exist. Raises CheckpointError or OSError when it does not, Unsure when it may yet."""
-    folder.check_claim(job.save.epoch)  # first: where the whole folder is away its newest checkpoint is not damaged
+    folder.check_claim(job.save.epoch, job.run)  # first: where the whole folder is away its newest checkpoint is not damaged
     manifest = merge(job, receipts, _parent(job, folder), clock.now())
     try:
         folder.commit(manifest)

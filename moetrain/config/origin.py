@@ -19,7 +19,8 @@ RECORDS = (PLACE, "metrics.jsonl", "experts", "tensorboard", "wandb_id")  # what
 def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
     """What is restored: auto | must | never | a path. `resume` is checkpoint.resume.
 
-    A path gives the first start only its values; `never` holds for a job, not for each of its restarts.
+    A path gives the first start only its values (a restart before the first checkpoint looks into the memory of the nodes first);
+    `never` holds for a job, not for each of its restarts.
     """
     if resume in ("auto", "must"):
         return resume

@@ -19,7 +19,7 @@ from moetrain.store.backend import Backend, Item, is_s3, open_backend
 from moetrain.store.encode import DATA, METADATA, ArrayReader, Encoded
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId, seal, unseal
-from moetrain.store.owner import Owner
+from moetrain.store.owner import Owner, are_two
 from moetrain.store.parsing import parsing
 from moetrain.store.pins import Pins
 from moetrain.store.sweep import Sweep
@@ -76,9 +76,21 @@ class CheckpointFolder:
             epoch += 1
         return epoch
 
-    def check_claim(self, epoch: int) -> None:
-        """Raises Superseded when there is a newer one, CheckpointError when `epoch` itself is gone: claims are never removed."""
+    def run(self) -> str:
+        """What tells this folder from another one at the same path: the token of its first claim. "" where that does not say."""
+        path = self._claims / f"{1:06d}"
+        try:
+            with parsing(str(path)):
+                return Owner(**unseal(self.io.read(path), str(path))).token
+        except (FileNotFoundError, CheckpointError):
+            return ""
+
+    def check_claim(self, epoch: int, run: str = "") -> None:
+        """Raises Superseded when there is a newer one, or this is no longer the folder that said `run`; CheckpointError when `epoch`
+        itself is gone: claims are never removed."""
         newest = self.newest_epoch()
+        if newest and are_two(run, self.run()):
+            raise Superseded(f"The checkpoint folder {self.path} was removed, and another job has made it anew.")
         if newest > epoch:
             raise Superseded(f"Another job has taken over the checkpoint folder {self.path} (epoch {newest}, this job has {epoch}).")
         if newest < epoch:

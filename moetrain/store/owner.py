@@ -44,6 +44,11 @@ class Owner:
         return self.pid == me.pid or not _is_alive(self.pid, self.started)
 
 
+def are_two(token: str, other: str) -> bool:
+    """Whether these are known to be tokens of two claims; "" may be any."""
+    return "" not in (token, other) and token != other
+
+
 def _is_alive(pid: int, started: str) -> bool:
     try:
         os.kill(pid, 0)

@@ -202,11 +202,11 @@ class Job:
         pending = [rank.save(state, {"step": version}, persists=False) for rank, state in zip(self.ranks, states, strict=True)]
         assert all(one.done.wait(60) for one in pending)
 
-    def load(self, at: str = "auto") -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
+    def load(self, at: str = "auto", is_restart: bool = False) -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
         """What rank 0 reports, and the whole tensors all ranks have afterwards."""
         states = self.states(-1)
         with ThreadPoolExecutor(self.world) as pool:
-            reports = list(pool.map(lambda rank, state: rank.load(state, at), self.ranks, states))
+            reports = list(pool.map(lambda rank, state: rank.load(state, at, is_restart), self.ranks, states))
         return reports[0], assemble([piece for state in states for piece in state])
 
 

@@ -205,7 +205,7 @@ def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
 def test_a_rank_that_dies_while_it_copies_leaves_no_slot_behind(tmp_path):
     node = LocalNode()
     link = node(start=True)
-    link.call({"op": "join", "rank": 0, "epoch": 1}, 1)
+    link.call({"op": "join", "rank": 0, "run": "", "epoch": 1}, 1)
     link.call({"op": "reserve", "rank": 0, "save": [1, 1], "sizes": [100, 5000]} | vars(Needs()), 1)
     assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FILLING] * 2
     link.close()
@@ -222,6 +222,18 @@ def test_an_older_job_loses_the_memory_to_a_younger_one(tmp_path):
     with pytest.raises(CheckpointError, match="taken over the memory"):
         old.ranks[0].save(old.states(3)[0], {"step": 3})
     young.save(2)
+
+
+def test_an_older_job_that_ends_leaves_the_younger_ones_memory_alone(tmp_path):
+    old = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    old.save(1, full=True)
+    young = restart(old)
+    young.load()
+    young.save(2)
+    young.copy(3)
+    old.ranks[0].finish()
+    assert not young.nodes[0].agent.has_taken_leave
+    assert_goes_on_from(young, 3)
 
 
 def test_starting_anew_forgets_what_is_in_memory(tmp_path):

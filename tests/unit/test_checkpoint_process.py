@@ -1,22 +1,29 @@
 """A rank and the agent of its node: what is waited for, and for how long. Sockets and clocks, no processes."""
 
+import mmap
+import os
 import socket
+from contextlib import ExitStack
 from math import inf
 from pathlib import Path
 from threading import Thread
+from typing import BinaryIO
 
 import pytest
 
 from moetrain.base.clock import SystemClock
 from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
-from moetrain.checkpoint.arena import Arena
-from moetrain.checkpoint.process import AgentDied, AgentLate, Link, Needs, NodeMemory, SocketLink
-from moetrain.checkpoint.serve import PULSE, SOCKET, Server
+from moetrain.checkpoint.arena import Arena, map_slot
+from moetrain.checkpoint.process import AgentDied, AgentLate, HungUp, Link, Needs, NodeMemory, SocketLink
+from moetrain.checkpoint.serve import PULSE, SOCKET, Server, remove_stale
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from tests.clock import FakeClock
+from tests.unit.checkpoint_kit import LocalNode
+
+PAGE = mmap.PAGESIZE
 
 
 class Stoppable:
@@ -131,3 +138,58 @@ def test_an_agent_that_ended_is_no_late_one(tmp_path):
     assert memory.list() is None
     with pytest.raises(AgentDied, match="no agent"):
         memory._call("copy", {"op": "status"}, start=False)
+
+
+def test_a_persist_link_that_ends_while_slots_are_mapped_disturbs_no_copy(monkeypatch):
+    memory = NodeMemory(LocalNode(), 0, 1, SystemClock())
+
+    def map_and_drop(path: str):
+        for lane in ("persist", "copy"):  # as both lanes' threads, and those that wait for the partner, may at any moment
+            memory._drop(lane)
+        return map_slot(path)
+
+    monkeypatch.setattr("moetrain.checkpoint.process.map_slot", map_and_drop)
+    assert len(memory.reserve(SaveId(1, 1), Needs(), [100, 5000])) == 2
+
+
+def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
+    node = LocalNode(free=lambda base: 10 * PAGE - 512 * sum(os.fstat(one.fileno()).st_blocks for one in seen))
+    memory = NodeMemory(node, 0, 1, SystemClock())
+    with ExitStack() as files:
+        seen: list[BinaryIO] = []
+        for number, sizes in enumerate(([2 * PAGE] * 4, [5 * PAGE], [9 * PAGE]), start=1):
+            maps = memory.reserve(SaveId(1, number), Needs(), sizes)
+            seen += [files.enter_context(open(path, "rb")) for path in maps]
+            assert memory._maps.keys() == node.agent.arena.slots.keys()
+        views = list(map(memoryview, maps.values()))
+        memory.reserve(SaveId(1, 4), Needs(), [10 * PAGE])
+        assert not any(map(any, views))
+
+
+def test_who_still_waits_for_the_partner_does_not_join_again_after_the_leave():
+    node = LocalNode()
+    memory = NodeMemory(node, 0, 1, SystemClock())
+    memory.reserve(SaveId(1, 1), Needs(), [])
+    memory.leave(done=True)
+    with pytest.raises(HungUp):
+        memory.replicated(SaveId(1, 1))
+    assert node.agent.has_taken_leave
+    assert not node.agent.sessions
+    assert memory.reserve(SaveId(1, 2), Needs(), []) == {}  # a later save does
+
+
+def test_what_an_agent_leaves_is_as_old_as_its_death(tmp_path):
+    """The agent of another run that starts beside one that has just been killed."""
+    own, spare = (tmp_path / base / f"moetrain-{os.getuid()}-x" for base in ("shared", "temporary"))
+    for folder in (own, spare):
+        folder.mkdir(mode=0o700, parents=True)
+    agent = Agent(own, Arena([own / "slots", spare / "slots"]), Io(), SystemClock())
+    server = Server(agent, "127.0.0.1", 60.0, SystemClock())
+    for folder in (own, spare):
+        os.utime(folder, (0, 0))  # it started long ago
+    agent.left = {0: True}  # it looks once whether it is over
+    server.serve()
+    server.close()
+    for folder in (own, spare):
+        remove_stale(folder.parent, folder.parent / "another")
+        assert folder.exists()
