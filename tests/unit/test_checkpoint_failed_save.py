@@ -173,6 +173,19 @@ def test_no_room_for_the_copy_is_said_before_the_next_update(tmp_path):
         job.ranks[0].wait_copied()
 
 
+def test_the_last_save_asks_an_agent_once_more_that_did_not_answer(tmp_path):
+    job = Job(tmp_path / "checkpoint", 1, 1)
+    job.save(10)
+    job.nodes[0].stopped = True
+    (given_up,) = job.save(20)
+    job.nodes[0].stopped = False
+    (too_soon,) = job.save(30)
+    assert "asked again" in too_soon.reason and not given_up.committed
+    (last,) = job.save(40, full=True)
+    assert last.committed
+    job.ranks[0].finish()
+
+
 class LateNode(LocalNode):
     """A node whose agent, while `is_late`, goes on with a save that its rank waits no longer for."""
 

@@ -63,7 +63,7 @@ def test_what_came_from_memory_is_not_taken_for_committed(tmp_path):
     assert (status.committed_step, status.committed_seq) == (10, manifests(tmp_path)[0].seq)
     again.nodes[0].dead = True
     again.save(20)
-    with pytest.raises(CheckpointError, match="The last good one is of step 10"):
+    with pytest.raises(CheckpointError, match="The last good one is of step 10; start the same command again"):
         again.ranks[0].finish()
 
 
