@@ -283,6 +283,14 @@ def test_nobody_elses_folder_is_used(tmp_path):
     assert arena_folder(Path("/a/checkpoint")) == arena_folder(Path("/a/checkpoint"))
 
 
+def test_a_run_has_one_arena_however_its_folder_is_spelled(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to("runs")
+    assert arena_folder(tmp_path / "link" / "run" / "checkpoint") == arena_folder(tmp_path / "runs" / "run" / "checkpoint")
+    assert arena_folder(tmp_path / "runs" / ".." / "runs" / "run") == arena_folder(tmp_path / "runs" / "run")
+    assert arena_folder(Path("s3://bucket/run")) != arena_folder(Path("s3://bucket/other"))
+
+
 def test_status_counts_slots_by_state(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
