@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -114,7 +113,7 @@ def test_a_folder_that_is_away_for_a_while_costs_the_saves_of_that_time(tmp_path
         lost = job.save(step)
         assert not any(pending.committed for pending in lost)
         assert "was it moved or unmounted?" in lost[0].reason
-    shutil.rmtree(place)
+    assert not place.exists(), "it could not be moved back"
     away.rename(place)
     assert all(pending.committed for pending in job.save(4))
     newest, first = manifests(place)
