@@ -37,7 +37,7 @@ def usual_folders() -> tuple[Path, ...]:
 
 
 def arena_folder(checkpoint: Path, folder: str = "") -> Path:
-    """Where the arena of a run lies on this node. The same for every rank and for a later start of the run, also through a symbolic link."""
+    """Where the arena of a run lies on this node. The same for every rank and for a later start, through symbolic links, too."""
     place = checkpoint if is_s3(checkpoint) else checkpoint.resolve()
     name = f"moetrain-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     if folder:
