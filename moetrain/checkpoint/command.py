@@ -10,6 +10,7 @@ from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.complaint import Run, in_a_sentence
 from moetrain.checkpoint.diff import Difference
+from moetrain.checkpoint.prune import check_rest
 from moetrain.checkpoint.removed import missing
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
@@ -193,14 +194,20 @@ def prune(arguments: argparse.Namespace) -> int:
             f"--keep {arguments.keep} is not possible: at least 1 recovery point stays.", "Remove the folder to be rid of all."
         )
     folder = _open(arguments.folder)
+    take_over = arguments.take_over or _is_done(arguments.folder)
+    if not take_over:
+        folder.check_free()
+    newer = check_rest(folder, arguments.keep)
     before = folder.saves()
-    damaged = folder.prune(arguments.keep, arguments.take_over or _is_done(arguments.folder))
+    blocking = folder.prune(arguments.keep, take_over)
     gone = [save for save in before if save not in folder.saves()]
     print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
-    if damaged:
+    if blocking:
         blocked = "No object was removed: what these recovery points need is not known. Unpin them, or remove the files."
-        print("\n".join([blocked, *damaged]))
-    return 1 if damaged else 0
+        print("\n".join([blocked, *blocking]))
+    if newer:
+        print("\n".join(["These are kept and damaged; an older one is good.", *newer]))
+    return 1 if blocking or newer else 0
 
 
 def convert(arguments: argparse.Namespace) -> int:

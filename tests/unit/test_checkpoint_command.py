@@ -14,7 +14,7 @@ from moetrain.cli import main
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, seal
 from moetrain.store.objects import CheckpointFolder
-from tests.unit.checkpoint_kit import BANKS, Job
+from tests.unit.checkpoint_kit import BANKS, Job, flip
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -167,6 +167,35 @@ def test_prune_keeps_the_newest_and_the_pinned(run_folder, said):
     assert [point.seq for point in points(run_folder)] == [3, 1]
     assert said("verify", run_folder)[0] == 0
     assert said("prune", run_folder, "--keep", 0)[0] == 2
+
+
+def test_prune_refuses_to_leave_nothing_good(run_folder, said):
+    def damage(point: Manifest, label: str) -> None:
+        name = next(name for name, record in point.objects.items() if record.step == point.step and name.endswith(label))
+        (run_folder / "checkpoint" / "objects" / name / "c.0").unlink()
+
+    newest, middle, _ = points(run_folder)
+    label = next(name.rpartition("/")[2] for name, record in newest.objects.items() if record.step == 30 and "dense" in name)
+    (run_folder / "DONE").touch()
+    damage(newest, label)
+    status, text = said("prune", run_folder, "--keep", 1)
+    assert (status, len(points(run_folder))) == (2, 3)
+    assert "seq 3: " in text and label in text and "Nothing was removed. seq 2 is good: pin it" in text
+    status, text = said("prune", run_folder, "--keep", 2)
+    assert (status, [point.seq for point in points(run_folder)]) == (1, [3, 2])
+    assert "These are kept and damaged; an older one is good.\nseq 3: " in text
+    assert said("verify", run_folder)[1].count("good") == 1
+    damage(middle, label)
+    status, text = said("prune", run_folder, "--keep", 1)
+    assert (status, "No other one is good either" in text, len(points(run_folder))) == (2, True, 2)
+
+
+def test_prune_reads_what_it_leaves(run_folder, said):
+    (run_folder / "DONE").touch()
+    newest = points(run_folder)[0]
+    flip(next(file for name in newest.objects for file in (run_folder / "checkpoint" / "objects" / name).glob("c.0")), 5)
+    assert said("prune", run_folder, "--keep", 1)[0] == 2
+    assert len(points(run_folder)) == 3
 
 
 def test_prune_leaves_a_folder_alone_that_a_living_job_claims(run_folder):
