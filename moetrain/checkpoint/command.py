@@ -10,6 +10,7 @@ from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.complaint import Run, in_a_sentence
 from moetrain.checkpoint.diff import Difference
+from moetrain.checkpoint.points import dangling, find
 from moetrain.checkpoint.prune import check_rest
 from moetrain.checkpoint.removed import missing
 from moetrain.checkpoint.table import columns, duration, expert_table, size
@@ -92,12 +93,14 @@ def list_points(arguments: argparse.Namespace) -> int:
         )
     if not pinned:
         rows = [row[:-1] for row in rows]
-    print("\n".join([*columns(rows), *damaged, *missing(folder).values()]))
+    print("\n".join([*columns(rows), *damaged, *missing(folder).values(), *dangling(folder)]))
     return 1 if damaged else 0
 
 
 def show(arguments: argparse.Namespace) -> int:
-    point = _find(_open(arguments.folder), arguments.seq)
+    point = find(_open(arguments.folder), arguments.seq)
+    if arguments.png is not None:  # first: a report hides what is wrong with the name
+        draw(point, arguments.png)
     parent = f", parent {point.parent.seq}" if point.parent and not point.full else ""
     print(f"seq {point.seq} (epoch {point.save.epoch}{parent}), step {point.step}, {_kind(point)}, mode {point.mode}")
     print(f"saved {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(point.time))} by {point.world} ranks, ep {point.ep}")
@@ -109,7 +112,6 @@ def show(arguments: argparse.Namespace) -> int:
         if values:
             print("\n".join([f"\n{title}", *expert_table(values)]))
     if arguments.png is not None:
-        draw(point, arguments.png)
         print(f"\n{arguments.png}")
     return 0
 
@@ -164,19 +166,20 @@ def verify(arguments: argparse.Namespace) -> int:
         good = f"good, {len(point.objects)} objects, {size(point.total_bytes)}" if point else ""
         print("\n".join([f"{name}: {'DAMAGED' if bad else good}", *(f"  {sentence}" for sentence in bad)]))
     still = [sentence for save, sentence in absent.items() if folder.outcome(save) is None]  # else committed while the others were read
+    still += dangling(folder)
     print("\n".join(still), end="\n" if still else "")
     return 1 if failed or still else 0
 
 
 def diff(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
-    print("\n".join(Difference.between(_find(folder, arguments.a), _find(folder, arguments.b)).lines()))
+    print("\n".join(Difference.between(find(folder, arguments.a), find(folder, arguments.b)).lines()))
     return 0
 
 
 def pin(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
-    point = _find(folder, arguments.seq)
+    point = find(folder, arguments.seq)
     folder.pin(arguments.name, point.save)
     print(f"{arguments.name} keeps seq {point.seq} (step {point.step}), {size(point.total_bytes)}.")
     return 0
@@ -224,7 +227,7 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
 
     folder = _open(run)
     if seq is not None:
-        point = _find(folder, seq)
+        point = find(folder, seq)
         write_whole(folder, point, out)
         print(f"{out}: step {point.step}, {size(point.total_bytes)}")
         return 0
@@ -270,16 +273,3 @@ def _is_done(run: Path) -> bool:
 
 def _kind(point: Manifest) -> str:
     return "full" if point.full else "partial"
-
-
-def _find(folder: CheckpointFolder, which: str | None) -> Manifest:
-    """The recovery point of a number or pin; the newest good one for None."""
-    pins = folder.pins()
-    if which is not None and not which.isdigit() and which not in pins:
-        hint = f"Pins: {', '.join(pins) or 'none'}; `moetrain checkpoint list` shows the numbers."
-        raise CheckpointError(f"{which} is neither the number of a recovery point nor a pin.", hint)
-    points = (point for point in folder.history() if isinstance(point, Manifest))
-    for point in points:
-        if which is None or point.save == pins.get(which) or str(point.seq) == which:
-            return point
-    raise CheckpointError(f"There is no good recovery point{f' {which}' if which is not None else ''} in {folder.path}.")
