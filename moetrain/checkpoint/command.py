@@ -204,7 +204,7 @@ def prune(arguments: argparse.Namespace) -> int:
     before = folder.saves()
     blocking = folder.prune(arguments.keep, take_over)
     gone = [save for save in before if save not in folder.saves()]
-    print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
+    print(f"{len(gone)} recovery point{'s' if len(gone) != 1 else ''} removed, {len(folder.saves())} kept.")
     if blocking:
         blocked = "No object was removed: what these recovery points need is not known. Unpin them, or remove the files."
         print("\n".join([blocked, *blocking]))
@@ -226,6 +226,7 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
     from moetrain.checkpoint.dcp import Tree, write_whole
 
     folder = _open(run)
+    _check_apart(out)
     if seq is not None:
         point = find(folder, seq)
         write_whole(folder, point, out)
@@ -234,9 +235,10 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
     tree, failed, steps = Tree(out), False, set[int]()
     newest_first = [point for point in folder.history() if isinstance(point, Manifest)]
     newest_of_step = [point for point in newest_first if not (point.step in steps or steps.add(point.step))]
-    for point in reversed(newest_of_step):
-        if tree.has(point):
-            continue
+    missing_there = [point for point in reversed(newest_of_step) if not tree.has(point)]
+    if not missing_there:
+        print(f"{out} has every recovery point already.")
+    for point in missing_there:
         try:
             print(f"{tree.add(folder, point)}: seq {point.seq}, {size(point.new_bytes)} of {size(point.total_bytes)} were new")
         except CheckpointError as error:
@@ -244,6 +246,13 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
                 print(f"seq {point.seq} is not published: {error}")
                 failed = True
     return 1 if failed else 0
+
+
+def _check_apart(out: Path) -> None:
+    """Raises CheckpointError for a place in a checkpoint folder, where nothing but checkpoints of ours may lie."""
+    for folder in (out.resolve(), *out.resolve().parents):
+        if (folder / "manifests").is_dir() and (folder / "objects").is_dir():
+            raise CheckpointError(f"--out {out} lies in the checkpoint folder {folder}.", "Give a folder of its own.")
 
 
 def from_dcp(source: Path, run: Path, take_over: bool) -> int:

@@ -188,7 +188,7 @@ def test_a_pin_of_a_recovery_point_that_is_gone_is_named(run_folder, said):
 def test_prune_keeps_the_newest_and_the_pinned(run_folder, said):
     said("pin", run_folder, "first", "--seq", 1)
     (run_folder / "DONE").touch()
-    assert said("prune", run_folder, "--keep", 1) == (0, "1 recovery points removed, 2 kept.\n")
+    assert said("prune", run_folder, "--keep", 1) == (0, "1 recovery point removed, 2 kept.\n")
     assert [point.seq for point in points(run_folder)] == [3, 1]
     assert said("verify", run_folder)[0] == 0
     assert said("prune", run_folder, "--keep", 0)[0] == 2
@@ -245,7 +245,6 @@ def test_prune_asks_first_where_the_claims_are_gone_and_then_claims_above_what_i
     assert said("prune", run_folder, "--keep", 1, "--take-over")[0] == 0
     assert [path.name for path in (run_folder / "checkpoint" / "claims").iterdir()] == ["000003"]
     assert [point.seq for point in points(run_folder)] == [4]
-    assert not job.save(50)[0].committed
 
 
 def claimed_elsewhere(checkpoint: Path) -> None:
@@ -264,7 +263,14 @@ def test_whether_a_run_is_done_is_looked_up_in_the_run_and_not_beside_its_checkp
     for folder in (run, place):
         assert said("prune", folder, "--keep", 2)[0] == 2
     (run / "DONE").touch()
-    assert said("prune", run, "--keep", 2) == (0, "1 recovery points removed, 2 kept.\n")
+    assert said("prune", run, "--keep", 2) == (0, "1 recovery point removed, 2 kept.\n")
+
+
+def test_a_convert_with_nothing_new_says_so(run_folder, tmp_path, said):
+    assert said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree")[1].count("seq") == 3
+    assert said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == (
+        0, f"{tmp_path / 'tree'} has every recovery point already.\n"
+    )  # fmt: skip
 
 
 def test_convert_asks_the_run_whether_it_is_done(run_folder, tmp_path, said):
@@ -340,6 +346,10 @@ def test_mistakes_of_convert_are_sentences(run_folder, tmp_path, capsys):
     assert "--seq goes with --to" in capsys.readouterr().err
     assert moetrain("convert", run_folder, "--to", "dcp", "--out", run_folder, "--seq", 1) == 2
     assert "exists" in capsys.readouterr().err
+    for place, more in (("checkpoint", []), ("checkpoint/tree", []), ("checkpoint/one", ["--seq", 1])):
+        assert moetrain("convert", run_folder, "--to", "dcp", "--out", run_folder / place, *more) == 2
+        assert "lies in the checkpoint folder" in capsys.readouterr().err
+    assert {path.name for path in (run_folder / "checkpoint").iterdir()} <= {"claims", "manifests", "objects", "receipts", "gc"}
 
 
 @pytest.mark.parametrize("verb", ["list", "show", "verify", "diff", "pin", "unpin", "prune", "convert"])
