@@ -75,7 +75,7 @@ def recoveries(records: list[Record]) -> list[Recovery]:
             if planned and num_steps:
                 predicted *= planned / num_steps  # a share of the run as long as it is now
             plts = (number(record, f"checkpoint/plt_{kind}") for kind in ("moments", "weights"))
-            found.append(Recovery(int(record["train/step"]), ages[0], ages[1], predicted, *plts, num_steps))
+            found.append(Recovery(int(record["train/step"]), ages[0], ages[1], predicted, *plts, num_steps=num_steps))
     return found
 
 
