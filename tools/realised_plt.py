@@ -3,17 +3,18 @@
 python -m tools.realised_plt RUN
 
 Counted from three things only: the load of every step (`experts/step-*.npz`, written with telemetry.experts_every=1), the ages of what
-every start restored (its `resume` record), and the length of the run (`config.yaml`). The ledger of the checkpoints is not read. An expert
-that a recovery to step S restored as it was at step s has lost its tokens of the steps s + 1 to S: those that no later recovery goes back
-behind. What the run said of one recovery is in the record of the commit it went back to, if that was written before the fault and the
-commit is what was restored: of a newer copy in memory, or with experts in place of damaged ones, nothing was said (nan).
+every start restored (its `resume` record), and the length of the run as that start planned it (in records that do not say so,
+`config.yaml`). The ledger of the checkpoints is not read. An expert that a recovery to step S restored as it was at step s has lost its
+tokens of the steps s + 1 to S: those that no later recovery goes back behind. What the run said of one recovery is in the record of the
+commit it went back to, if that was written before the fault and the commit is what was restored: of a newer copy in memory, or with
+experts in place of damaged ones, nothing was said (nan).
 """
 
 import argparse
 import json
 import sys
 from dataclasses import dataclass
-from math import isnan
+from math import isnan, nan
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,7 @@ class Recovery:
     predicted: float  # of this recovery alone: the moments, said with the commit it went back to
     moments: float  # of all recoveries so far
     weights: float
+    num_steps: int = 0  # of the whole run, as it was planned then; 0: not known
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,19 @@ class Row:
 
 def recoveries(records: list[Record]) -> list[Recovery]:
     """The `resume` records that say what was restored, in the order of the starts."""
-    found, said = [], dict[object, float]()
+    found, said, num_steps = [], dict[object, tuple[float, int]](), 0
     for record in records:
+        if record.get("event") in ("start", "resume"):
+            num_steps = int(record.get("train/total_steps", 0))
         if "checkpoint/plt_if_fault" in record:
-            said[record["checkpoint/seq"]] = number(record, "checkpoint/plt_if_fault")
+            said[record["checkpoint/seq"]] = number(record, "checkpoint/plt_if_fault"), num_steps
         if record.get("event") == "resume" and "checkpoint/expert_ages" in record:
             ages = [np.array(json.loads(str(record[f"checkpoint/{kind}_ages"]))) for kind in ("expert", "weight")]
-            predicted = said.get(record["checkpoint/restored_seq"], float("nan")) if is_as_committed(record) else float("nan")
+            predicted, planned = said.get(record["checkpoint/restored_seq"], (nan, 0)) if is_as_committed(record) else (nan, 0)
+            if planned and num_steps:
+                predicted *= planned / num_steps  # a share of the run as long as it is now
             plts = (number(record, f"checkpoint/plt_{kind}") for kind in ("moments", "weights"))
-            found.append(Recovery(int(record["train/step"]), ages[0], ages[1], predicted, *plts))
+            found.append(Recovery(int(record["train/step"]), ages[0], ages[1], predicted, *plts, num_steps=num_steps))
     return found
 
 
@@ -95,10 +101,10 @@ def lost(load_SLE: np.ndarray, surviving: list[tuple[int, np.ndarray]]) -> int:
     return int(load_SLE[gone].sum())
 
 
-def count(load_SLE: np.ndarray, starts: list[Recovery], total: int) -> list[Row]:
+def count(load_SLE: np.ndarray, starts: list[Recovery], per_step: int, num_steps: int) -> list[Row]:
     """One row per recovery. A recovery to step S undoes those to later steps, and those to S itself: they gave up the same.
 
-    `total`: assignments of all layers over the whole run.
+    `per_step`: assignments of all layers; `num_steps`: of the whole run, where a start does not say.
     """
     rows, surviving = list[Row](), list[Recovery]()
     for start in starts:
@@ -107,13 +113,14 @@ def count(load_SLE: np.ndarray, starts: list[Recovery], total: int) -> list[Row]
         earlier = lost(load_SLE, [(one.step, one.age_LE) for one in before])
         moments = lost(load_SLE, [(one.step, one.age_LE) for one in surviving])
         weights = lost(load_SLE, [(one.step, one.weight_age_LE) for one in surviving])
+        total = per_step * (start.num_steps or num_steps)
         alone = (moments - earlier) / total
         rows.append(Row(start.step, alone, start.predicted, moments / total, start.moments, weights / total, start.weights))
     return rows
 
 
-def read(run: Path) -> tuple[np.ndarray, list[Recovery], int]:
-    """Load of every step up to the last recovery, the recoveries, and the planned assignments of all layers.
+def read(run: Path) -> tuple[np.ndarray, list[Recovery], int, int]:
+    """Load of every step up to the last recovery, the recoveries, the assignments of all layers in a step, and the planned steps.
 
     Raises MoetrainError when a step was not logged by itself, or this is no run.
     """
@@ -125,10 +132,10 @@ def read(run: Path) -> tuple[np.ndarray, list[Recovery], int]:
     if missing or config.telemetry.experts_every != 1:
         raise MoetrainError(f"{run} does not hold the expert load of every step.", "Train with telemetry.experts_every=1.")
     steps = -(-config.train.tokens // config.train.global_batch_tokens)
-    total = steps * config.train.global_batch_tokens * config.model.num_gatings() * config.model.routing.top_k
+    per_step = config.train.global_batch_tokens * config.model.num_gatings() * config.model.routing.top_k
     shape = starts[0].age_LE.shape if starts else (1, 1)
     load_SLE = np.array([snapshots[step] for step in range(1, last + 1)]) if last else np.zeros((0, *shape), int)
-    return load_SLE, starts, total
+    return load_SLE, starts, per_step, steps
 
 
 def config_of(run: Path) -> TrainConfig:

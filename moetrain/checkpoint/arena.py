@@ -15,6 +15,7 @@ from enum import Enum
 from pathlib import Path
 
 from moetrain.base.errors import CheckpointError
+from moetrain.store.backend import is_s3
 
 SHARED_MEMORY = Path("/dev/shm")
 SLOTS = "slots"
@@ -36,8 +37,9 @@ def usual_folders() -> tuple[Path, ...]:
 
 
 def arena_folder(checkpoint: Path, folder: str = "") -> Path:
-    """Where the arena of a run lies on this node. The same for every rank, and for a later start of the run."""
-    name = f"moetrain-{os.getuid()}-{hashlib.sha256(os.fsencode(checkpoint)).hexdigest()[:16]}"
+    """Where the arena of a run lies on this node. The same for every rank and for a later start, through symbolic links, too."""
+    place = checkpoint if is_s3(checkpoint) else checkpoint.resolve()
+    name = f"moetrain-{os.getuid()}-{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}"
     if folder:
         return Path(folder).absolute() / name
     usable = (base for base in usual_folders() if base.is_dir() and os.access(base, os.W_OK))

@@ -123,7 +123,8 @@ class Checkpointer:
         """
         for pending in (self._newest, self._pending):
             if pending is not None and not pending.done.wait(limit_seconds):
-                raise CheckpointError(f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s.")
+                late = f"The checkpoint of step {pending.step} is not committed after {limit_seconds:g} s."
+                raise CheckpointError(late, "It may still be; start the same command again to go on.")
         pending = self._newest
         if pending is None:  # what came from memory, or was copied since, is nowhere else
             self._memory.leave(done=self._pending is None and not self._is_from_memory)
@@ -133,8 +134,10 @@ class Checkpointer:
             raise pending.error
         if not pending.committed and not pending.is_in_memory_only:
             step = self._standing.now.committed_step
-            kept = f"The last good one is of step {step}." if step is not None else ""
-            raise CheckpointError(f"The checkpoint of step {pending.step} was not committed: {pending.reason}", kept)
+            kept = f"The last good one is of step {step}; start" if step is not None else "Start"
+            raise CheckpointError(
+                f"The checkpoint of step {pending.step} was not committed: {pending.reason}", f"{kept} the same command again to go on."
+            )
 
     @collector_paused()
     def load(self, state: ModelState, at: str, is_restart: bool = False) -> LoadReport | None:

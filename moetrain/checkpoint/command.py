@@ -10,6 +10,8 @@ from moetrain.checkpoint.agent_command import add_agent
 from moetrain.checkpoint.choose import check, check_object, remembered
 from moetrain.checkpoint.complaint import Run, in_a_sentence
 from moetrain.checkpoint.diff import Difference
+from moetrain.checkpoint.points import dangling, find
+from moetrain.checkpoint.prune import check_rest
 from moetrain.checkpoint.removed import missing
 from moetrain.checkpoint.table import columns, duration, expert_table, size
 from moetrain.store.io import Io
@@ -91,12 +93,14 @@ def list_points(arguments: argparse.Namespace) -> int:
         )
     if not pinned:
         rows = [row[:-1] for row in rows]
-    print("\n".join([*columns(rows), *damaged, *missing(folder).values()]))
+    print("\n".join([*columns(rows), *damaged, *missing(folder).values(), *dangling(folder)]))
     return 1 if damaged else 0
 
 
 def show(arguments: argparse.Namespace) -> int:
-    point = _find(_open(arguments.folder), arguments.seq)
+    point = find(_open(arguments.folder), arguments.seq)
+    if arguments.png is not None:  # first: a report hides what is wrong with the name
+        draw(point, arguments.png)
     parent = f", parent {point.parent.seq}" if point.parent and not point.full else ""
     print(f"seq {point.seq} (epoch {point.save.epoch}{parent}), step {point.step}, {_kind(point)}, mode {point.mode}")
     print(f"saved {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(point.time))} by {point.world} ranks, ep {point.ep}")
@@ -108,7 +112,6 @@ def show(arguments: argparse.Namespace) -> int:
         if values:
             print("\n".join([f"\n{title}", *expert_table(values)]))
     if arguments.png is not None:
-        draw(point, arguments.png)
         print(f"\n{arguments.png}")
     return 0
 
@@ -163,19 +166,20 @@ def verify(arguments: argparse.Namespace) -> int:
         good = f"good, {len(point.objects)} objects, {size(point.total_bytes)}" if point else ""
         print("\n".join([f"{name}: {'DAMAGED' if bad else good}", *(f"  {sentence}" for sentence in bad)]))
     still = [sentence for save, sentence in absent.items() if folder.outcome(save) is None]  # else committed while the others were read
+    still += dangling(folder)
     print("\n".join(still), end="\n" if still else "")
     return 1 if failed or still else 0
 
 
 def diff(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
-    print("\n".join(Difference.between(_find(folder, arguments.a), _find(folder, arguments.b)).lines()))
+    print("\n".join(Difference.between(find(folder, arguments.a), find(folder, arguments.b)).lines()))
     return 0
 
 
 def pin(arguments: argparse.Namespace) -> int:
     folder = _open(arguments.folder)
-    point = _find(folder, arguments.seq)
+    point = find(folder, arguments.seq)
     folder.pin(arguments.name, point.save)
     print(f"{arguments.name} keeps seq {point.seq} (step {point.step}), {size(point.total_bytes)}.")
     return 0
@@ -193,14 +197,20 @@ def prune(arguments: argparse.Namespace) -> int:
             f"--keep {arguments.keep} is not possible: at least 1 recovery point stays.", "Remove the folder to be rid of all."
         )
     folder = _open(arguments.folder)
+    take_over = arguments.take_over or _is_done(arguments.folder)
+    if not take_over:
+        folder.check_free()
+    newer = check_rest(folder, arguments.keep)
     before = folder.saves()
-    damaged = folder.prune(arguments.keep, arguments.take_over or _is_done(arguments.folder))
+    blocking = folder.prune(arguments.keep, take_over)
     gone = [save for save in before if save not in folder.saves()]
-    print(f"{len(gone)} recovery points removed, {len(folder.saves())} kept.")
-    if damaged:
+    print(f"{len(gone)} recovery point{'s' if len(gone) != 1 else ''} removed, {len(folder.saves())} kept.")
+    if blocking:
         blocked = "No object was removed: what these recovery points need is not known. Unpin them, or remove the files."
-        print("\n".join([blocked, *damaged]))
-    return 1 if damaged else 0
+        print("\n".join([blocked, *blocking]))
+    if newer:
+        print("\n".join(["These are kept and damaged; an older one is good.", *newer]))
+    return 1 if blocking or newer else 0
 
 
 def convert(arguments: argparse.Namespace) -> int:
@@ -216,17 +226,19 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
     from moetrain.checkpoint.dcp import Tree, write_whole
 
     folder = _open(run)
+    _check_apart(out)
     if seq is not None:
-        point = _find(folder, seq)
+        point = find(folder, seq)
         write_whole(folder, point, out)
         print(f"{out}: step {point.step}, {size(point.total_bytes)}")
         return 0
     tree, failed, steps = Tree(out), False, set[int]()
     newest_first = [point for point in folder.history() if isinstance(point, Manifest)]
     newest_of_step = [point for point in newest_first if not (point.step in steps or steps.add(point.step))]
-    for point in reversed(newest_of_step):
-        if tree.has(point):
-            continue
+    missing_there = [point for point in reversed(newest_of_step) if not tree.has(point)]
+    if not missing_there:
+        print(f"{out} has every recovery point already.")
+    for point in missing_there:
         try:
             print(f"{tree.add(folder, point)}: seq {point.seq}, {size(point.new_bytes)} of {size(point.total_bytes)} were new")
         except CheckpointError as error:
@@ -234,6 +246,13 @@ def to_dcp(run: Path, out: Path, seq: str | None) -> int:
                 print(f"seq {point.seq} is not published: {error}")
                 failed = True
     return 1 if failed else 0
+
+
+def _check_apart(out: Path) -> None:
+    """Raises CheckpointError for a place in a checkpoint folder, where nothing but checkpoints of ours may lie."""
+    for folder in (out.resolve(), *out.resolve().parents):
+        if (folder / "manifests").is_dir() and (folder / "objects").is_dir():
+            raise CheckpointError(f"--out {out} lies in the checkpoint folder {folder}.", "Give a folder of its own.")
 
 
 def from_dcp(source: Path, run: Path, take_over: bool) -> int:
@@ -263,16 +282,3 @@ def _is_done(run: Path) -> bool:
 
 def _kind(point: Manifest) -> str:
     return "full" if point.full else "partial"
-
-
-def _find(folder: CheckpointFolder, which: str | None) -> Manifest:
-    """The recovery point of a number or pin; the newest good one for None."""
-    pins = folder.pins()
-    if which is not None and not which.isdigit() and which not in pins:
-        hint = f"Pins: {', '.join(pins) or 'none'}; `moetrain checkpoint list` shows the numbers."
-        raise CheckpointError(f"{which} is neither the number of a recovery point nor a pin.", hint)
-    points = (point for point in folder.history() if isinstance(point, Manifest))
-    for point in points:
-        if which is None or point.save == pins.get(which) or str(point.seq) == which:
-            return point
-    raise CheckpointError(f"There is no good recovery point{f' {which}' if which is not None else ''} in {folder.path}.")

@@ -43,6 +43,7 @@ from moetrain.store.objects import CheckpointFolder
 KEYS = {"master": "model.{}", "m": "optimizer.state.{}.exp_avg", "v": "optimizer.state.{}.exp_avg_sq", "step": "optimizer.state.{}.step"}
 FACTS = "moetrain"
 FORM = "It must be named as `moetrain checkpoint convert --to dcp` names it, the string `moetrain` included."
+AGAIN = "Write it again, or take another step of the tree."
 METADATA = ".metadata"  # written last: a folder without it is no checkpoint
 
 Written = dict[MetadataIndex, _StorageInfo]
@@ -210,7 +211,15 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         return FileSystemReader(folder).read_metadata()
     except Exception as error:  # whatever a damaged pickle does
-        raise CheckpointError(f"{folder / METADATA} is damaged: {error!r}.") from error
+        raise CheckpointError(f"{folder / METADATA} is damaged: {told(error)}.", AGAIN) from error
+
+
+def told(error: Exception) -> str:
+    """What DCP or a pickle said, in words that may stand in a sentence."""
+    if isinstance(error, OSError):
+        return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    first = str(error).strip().partition("\n")[0].rstrip(".")
+    return f"{first} ({type(error).__name__})" if first else type(error).__name__
 
 
 def _write_point(folder: CheckpointFolder, point: Manifest, target: Path, place: Callable[[ObjectRecord], Path], find: Find) -> None:

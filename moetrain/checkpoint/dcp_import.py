@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from moetrain.base.checksum import crc32c
 from moetrain.base.clock import Clock
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.dcp import FACTS, FORM, Facts, read_metadata
+from moetrain.checkpoint.dcp import AGAIN, FACTS, FORM, Facts, read_metadata, told
 from moetrain.checkpoint.dcp_whole import check_facts, check_keys, parse
 from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import merge
@@ -56,7 +57,7 @@ class DcpFolder:
         except ValueError as error:
             raise CheckpointError(f"The entry {FACTS} of {self.path} is damaged: {error}.", FORM) from error
         except Exception as error:  # somebody may have put anything there
-            raise CheckpointError(f"The entry {FACTS} of {self.path} is damaged: {error!r}.", FORM) from error
+            raise CheckpointError(f"The entry {FACTS} of {self.path} is damaged: {told(error)}.", FORM) from error
         return facts
 
     def box(self, key: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
@@ -91,7 +92,7 @@ class DcpFolder:
         try:
             self._reader.read_data(LoadPlan([item]), planner).wait()
         except Exception as error:  # DCP checks nothing: a damaged file fails wherever it fails
-            raise CheckpointError(f"{item.storage_index.fqn} in {self.path} cannot be read: {error!r}.") from error
+            raise CheckpointError(f"{item.storage_index.fqn} in {self.path} cannot be read: {told(error)}.", AGAIN) from error
 
 
 class _Into(LoadPlanner):
@@ -140,12 +141,13 @@ def read_into(folder: CheckpointFolder, source: DcpFolder, clock: Clock) -> Mani
     """Commits what the DCP checkpoint holds as the newest recovery point of the folder, which is claimed. A run can resume from it.
 
     One expert (or 256 MB of all else) is in memory at a time, more where a chunk holds several experts.
-    Raises CheckpointError when something is missing or unreadable: the folder then has the recovery points it had, and when a whole
-    tensor is missing it is not even claimed.
+    Raises CheckpointError when something is missing or unreadable: the folder then has the recovery points it had, when a whole
+    tensor is missing it is not even claimed, and where there was none there is none.
     """
     facts = source.facts()
     check_keys(facts, source.tensors().keys(), source.path)
     batches = list(_batches(_sources(source, facts)))
+    absent = [place for place in (folder.path, *folder.path.parents) if not folder.io.is_folder(place)]
     save = folder.claim(clock.now())
     job = SaveJob(
         folder=str(folder.path), save=save, parent=None, rank=0, world=1, index=facts.index, step=facts.step, mode=facts.mode,
@@ -160,8 +162,18 @@ def read_into(folder: CheckpointFolder, source: DcpFolder, clock: Clock) -> Mani
         folder.commit(manifest)
     except (OSError, CheckpointError) as error:
         folder.abandon(save, str(error))
+        if folder.path in absent and folder.newest_epoch() == save.epoch:  # nobody else came meanwhile
+            _remove(folder, absent)
         raise
     return manifest
+
+
+def _remove(folder: CheckpointFolder, made: list[Path]) -> None:
+    """The folder, and those above it that were made for it."""
+    with suppress(OSError):
+        folder.io.remove_tree(folder.path)
+        for place in made[1:]:
+            place.rmdir()
 
 
 def _sources(source: DcpFolder, facts: Facts) -> Iterator[Source]:

@@ -14,6 +14,7 @@ from moetrain.store.boxes import overlap
 from moetrain.store.encode import stored_dtype
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
 
+OTHER_MODEL = "The model's configuration is not the one that was saved."
 READERS = 4  # threads: reading, checking and copying all let other threads run
 
 
@@ -80,12 +81,11 @@ def own_memory(want: Want) -> np.ndarray | None:
 def tensor_of(manifest: Manifest, fragment: Fragment) -> Tensor:
     """Raises CheckpointError when there is none, or one of another shape."""
     tensor = manifest.tensors.get(fragment.key)
-    hint = "The model's configuration is not the one that was saved."
     if tensor is None:
-        raise CheckpointError(f"The checkpoint of step {manifest.step} has no {fragment.key}.", hint)
+        raise CheckpointError(f"The checkpoint of step {manifest.step} has no {fragment.key}.", OTHER_MODEL)
     if tensor.shape != tuple(fragment.logical_shape):
         shapes = f"{list(tensor.shape)} in the checkpoint and {list(fragment.logical_shape)} in this model"
-        raise CheckpointError(f"{fragment.key} has shape {shapes}.", hint)
+        raise CheckpointError(f"{fragment.key} has shape {shapes}.", OTHER_MODEL)
     return tensor
 
 

@@ -150,11 +150,14 @@ class MemoryLane:
         return job
 
     def _reserved(self, pending: Pending, decision: Decision, sizes: list[int]) -> dict[str, mmap.mmap]:
-        """Slots, by path. The last save of a run waits for room that older ones still take on their way to the store. Raises NoRoom."""
+        """Slots, by path. The last save of a run waits for room that older ones still take on their way to the store, and asks an agent
+        that did not answer once more. Raises AgentDied, NoRoom."""
         patience = self._config.timeout_seconds
         if pending.order.hurried and self._config.grace_seconds:
             patience = min(patience, self._config.grace_seconds / 4)
         deadline, pause = self._clock.monotonic() + patience, FIRST_POLL_SECONDS
+        if pending.order.full:
+            self._memory.ask_again()
         while True:
             try:
                 return self._memory.reserve(pending.save, Needs(decision.keep, decision.alone, self._persisting.open_saves()), sizes)

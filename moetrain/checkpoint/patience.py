@@ -23,4 +23,4 @@ class Patience:
         self._pause = min(2 * self._pause, LONGEST_PAUSE_SECONDS)
 
     def answered(self) -> None:
-        self._pause = FIRST_PAUSE_SECONDS
+        self._until, self._pause = self._clock.monotonic(), FIRST_PAUSE_SECONDS

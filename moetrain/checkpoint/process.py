@@ -68,6 +68,10 @@ class Connect(Protocol):
         """A new connection. `start`: the agent is started when there is none; otherwise None then. Raises AgentDied."""
         ...
 
+    def is_gone(self) -> bool:
+        """Whether there is no agent, not even one that hangs. Never waits."""
+        ...
+
 
 class SocketLink:
     """A connection to the agent's process."""
@@ -149,6 +153,18 @@ class Launcher:
             time.sleep(0.02)
         raise AgentDied(f"the agent of this node did not answer within {self._config.deadline_seconds:g} s ({self.folder})")
 
+    def is_gone(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.setblocking(False)
+            try:
+                with short_path(self.folder / PULSE) as name:
+                    probe.connect(name)
+            except BlockingIOError:  # many others wait there
+                return False
+            except OSError:
+                return True
+        return False
+
     def _link(self) -> SocketLink | None:
         try:
             return SocketLink(self.folder)
@@ -212,6 +228,11 @@ class NodeMemory:
         self._maps: dict[str, mmap.mmap] = {}
         self._partner: dict | None = None
         self._patience = Patience(clock)
+
+    def ask_again(self) -> None:
+        """Before the last copy of all: an agent that did not answer is asked once more, however short a time ago that was."""
+        with self._locks["copy"]:
+            self._patience.answered()
 
     def reserve(self, save: SaveId, needs: "Needs", sizes: Sequence[int]) -> dict[str, mmap.mmap]:
         """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
@@ -286,7 +307,7 @@ class NodeMemory:
         with self._locks["copy"]:
             if not connects and "copy" not in self._links:
                 raise HungUp("this rank has no connection to the agent any more")
-            if left := self._patience.seconds_left:
+            if (left := self._patience.seconds_left) and not self._connect.is_gone():
                 raise AgentLate(f"the agent of this node does not answer; it is asked again in {left:.0f} s")
             try:
                 found = self._answer("copy", request, CALL_SECONDS, silence_seconds=SILENCE_SECONDS)

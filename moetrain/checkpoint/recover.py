@@ -24,7 +24,8 @@ from moetrain.checkpoint.choose import (
     nothing_in_memory,
     read_values,
 )
-from moetrain.checkpoint.fill import as_tensor, dtype_name, fill, tensor_of
+from moetrain.checkpoint.fill import OTHER_MODEL, as_tensor, dtype_name, fill, tensor_of
+from moetrain.checkpoint.modes import is_derived
 from moetrain.checkpoint.removed import removed
 from moetrain.checkpoint.source import DISK, Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
@@ -183,6 +184,7 @@ def restore_together(
     while (picked := together(pick, gather)[0]) is not None:
         path, manifest, damage, is_in_memory = json.loads(str(picked))
         choice = Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage, is_in_memory)
+        _check_that_all_is_wanted(choice.manifest, state, world, gather)
         bad, read = _merged(together(partial(_read, choice, state, world, io or Io(), memory), gather))
         if not bad:
             return choice, replace(describe(choice, state, world), read=read)
@@ -190,6 +192,17 @@ def restore_together(
     if found:
         raise CheckpointError(f"The checkpoints in {folder} went away while one of them was read.", "Start again when the folder is back.")
     return None
+
+
+def _check_that_all_is_wanted(manifest: Manifest, state: ModelState, world: int, gather: Gather) -> None:
+    """Raises CheckpointError on every rank when none of them holds a tensor of the checkpoint: the next one could not refer to it."""
+    held = together(lambda: sorted({fragment.key for fragment in state}), gather)
+    if len(held) != world:  # a `gather` that brings rank 0's answer only
+        return
+    wanted = {key for keys in held if isinstance(keys, list) for key in keys}
+    if left := [key for key, tensor in manifest.tensors.items() if key not in wanted and not is_derived(tensor)]:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        raise CheckpointError(f"The checkpoint of step {manifest.step} has {left[0]}{more}, which this model lacks.", OTHER_MODEL)
 
 
 def _warn_of_removed(folder: CheckpointFolder, keep: int) -> None:

@@ -171,6 +171,7 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
             folder.put_receipt(job.save, job.rank, receipt.to_json())
         return Reply(outcome, receipt.error, num_bytes, clock.monotonic() - started)
     try:
+        folder.check_claim(job.save.epoch, job.run)  # first: where the whole folder is away nothing else is news
         if receipt.error:
             raise CheckpointError(f"rank 0 could not write its part: {receipt.error}")
         receipts = gather(job, receipt, folder, clock, alive)

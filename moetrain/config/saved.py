@@ -1,9 +1,10 @@
 """The configuration a run was started with, kept in its folder, and the refusal to resume it as another run."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from moetrain.base.errors import CheckpointError
 from moetrain.base.files import write_whole
@@ -28,12 +29,26 @@ def saved_config(folder: Path) -> TrainConfig | None:
     path = folder / CONFIG_FILE
     if not path.is_file() or not path.stat().st_size:
         return None
+    found = _sections(path)
     try:
-        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path)))
-    except Exception as error:  # YAML and OmegaConf raise many kinds
-        raise CheckpointError(f"{path} cannot be read: {error}", "It may be of another version: resume with that version.") from error
+        loaded = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), found))
+    except Exception as error:  # OmegaConf raises many kinds
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise CheckpointError(f"{path} cannot be read: {said}.", "It may be of another version: resume with that version.") from error
     assert isinstance(loaded, TrainConfig)
     return loaded
+
+
+def _sections(path: Path) -> DictConfig:
+    """What a configuration file holds. Raises CheckpointError for text that is none."""
+    try:
+        found = OmegaConf.load(path)
+    except Exception:  # no text, or no YAML
+        found = None
+    if not isinstance(found, DictConfig) or not any(section.name in found for section in fields(TrainConfig)):
+        hint = "Bring it back from a copy, or remove it to resume without comparing the configuration."
+        raise CheckpointError(f"{path} is damaged: it holds no configuration.", hint)
+    return found
 
 
 def saved_content(folder: Path) -> dict[str, str]:

@@ -35,12 +35,13 @@ class Backend(Protocol):
         ...
 
     def create(self, path: Path, data: bytes) -> None:
-        """A small file that is whole and durable from its first moment. FileExistsError when the name is taken by anyone else."""
+        """A small file that is whole and durable from its first moment. FileExistsError when the name is taken by anyone else.
+        On a file system its folder is made, but not the one above."""
         ...
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
         """Writes `<group>/<item>/<file>`, all durable when it returns. `group` is a name that nobody used before and nobody
-        reads before he is told of it. The buffers must not change until then."""
+        reads before he is told of it. The buffers must not change until then. As `create`, makes no folder above the group's."""
         ...
 
     def read(self, path: Path) -> bytes: ...
@@ -114,7 +115,7 @@ class FolderBackend:
 
     def prepare(self, folders: Sequence[Path]) -> None:
         missing = {parent for folder in folders for parent in (folder, *folder.parents) if not self.io.exists(parent)}
-        for folder in folders:
+        for folder in sorted(missing.union(folders)):
             self.io.mkdir(folder)
         for parent in sorted({folder.parent for folder in missing} | {folder.parent for folder in folders}, reverse=True):
             self.io.fsync_folder(parent)  # a name that was made is lost with the power until its folder is synced
@@ -139,6 +140,7 @@ class FolderBackend:
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
         part = group.with_name(f"{group.name}.part")
+        self.io.mkdir(group.parent)
         self.io.mkdir(part)
         self.io.fsync_folder(group.parent.parent)
         folders: list[Path] = []

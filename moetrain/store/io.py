@@ -34,9 +34,9 @@ class Io:
         self._counting = Lock()
 
     def mkdir(self, path: Path) -> None:
-        """Makes the folder and its parents; an existing one is fine."""
+        """Makes the folder; an existing one is fine. FileNotFoundError without its parent: a folder that was moved away stays away."""
         self._hook("mkdir", path)
-        path.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=True)
 
     def write_new(self, path: Path, buffers: Sequence[Buffer]) -> int:
         """Creates the file, which must not exist, writes the buffers and syncs it. Returns the number of bytes."""

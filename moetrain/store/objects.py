@@ -56,7 +56,7 @@ class CheckpointFolder:
         try:
             self.io.prepare([self._claims, self._manifests, self._objects, self._receipts])
             owner = Owner.of_this_process(now).to_json()
-            epoch = self.newest_epoch() + 1
+            epoch = 1 + max([self.newest_epoch(), *(save.epoch for save in self._used())])  # of these where somebody removed the claims
             while True:
                 try:
                     self.io.create(self._claims / f"{epoch:06d}", seal(json.dumps(owner).encode()))
@@ -283,7 +283,7 @@ class CheckpointFolder:
         """The job that has the newest claim, unless it is known not to write any more."""
         epoch = self.newest_epoch()
         if not epoch:
-            return None
+            return "A job whose claim is gone" if self.saves() else None
         path = self._claims / f"{epoch:06d}"
         try:
             found = unseal(self.io.read(path), str(path))

@@ -220,7 +220,8 @@ class EventHook:
         self.restored = restored
 
     def on_start(self, run: Run) -> None:
-        event: Record = {"event": "resume" if run.progress.step else "start", "parallel/ranks": run.world.size}
+        kind = "resume" if run.progress.step else "start"
+        event: Record = {"event": kind, "parallel/ranks": run.world.size, "train/total_steps": run.progress.total_steps}
         status = run.checkpoint.status()
         if self.restored is not None:
             event |= _origin(self.restored) | _lost(status)

@@ -154,9 +154,25 @@ def recovery(step: int, ages: list[int]) -> Recovery:
 def test_every_lost_step_counts_once_and_recoveries_that_were_undone_do_not() -> None:
     load_SLE = np.ones((10, 1, 2), int)
     assert lost(load_SLE, [(4, np.array([[3, 0]])), (8, np.array([[7, 1]]))]) == 7 + 1
-    rows = count(load_SLE, [recovery(4, [3, 0]), recovery(8, [7, 1]), recovery(8, [7, 1]), recovery(6, [0, 2])], 10)
+    rows = count(load_SLE, [recovery(4, [3, 0]), recovery(8, [7, 1]), recovery(8, [7, 1]), recovery(6, [0, 2])], 1, 10)
     assert [row.moments for row in rows] == [0.3, 0.8, 0.8, 0.5]
     assert [row.alone for row in rows] == pytest.approx([0.3, 0.5, 0.5, 0.2])
+
+
+def test_a_run_that_was_lengthened_is_counted_by_the_length_it_had_at_each_resume() -> None:
+    def resume(num_steps: int, moments: float) -> dict:
+        return {
+            "train/step": 4, "event": "resume", "train/total_steps": num_steps, "checkpoint/restored_seq": 2,
+            "checkpoint/restored_from": "folder", "checkpoint/damage": 0, "checkpoint/expert_ages": "[[3, 0]]",
+            "checkpoint/weight_ages": "[[0, 0]]", "checkpoint/plt_moments": moments, "checkpoint/plt_weights": 0.0,
+        }  # fmt: skip
+
+    start = {"train/step": 0, "event": "start", "train/total_steps": 10}
+    commit = {"train/step": 4, "checkpoint/seq": 2, "checkpoint/plt_if_fault": 0.3}
+    rows = count(np.ones((10, 1, 2), int), recoveries([start, commit, resume(10, 0.3), resume(20, 0.15)]), 1, 20)
+    assert [row.moments for row in rows] == [0.3, 0.15]
+    assert [row.predicted for row in rows] == [0.3, 0.15]
+    assert all(row.agrees for row in rows)
 
 
 @pytest.mark.dist

@@ -72,14 +72,14 @@ def state_of(rank: int, world: int, ep: int, version: int, sharded: bool = False
 class LocalNode:
     """A node's agent in this process, over an Io that a test may make fail. `dead`: what a killed agent looks like to its ranks.
 
-    `room`: bytes that its arena may hold.
+    `stopped`: it does not answer. `room`: bytes that its arena may hold.
     """
 
     def __init__(self, free: Callable[[Path], int] = free_bytes, room: int | None = None) -> None:
         self._folder = TemporaryDirectory(dir=SHARED_MEMORY if SHARED_MEMORY.is_dir() else None)
         self.folder, self.spare = Path(self._folder.name) / "arena", list[Path]()
         self._free = free if room is None else lambda base: room - self.held()
-        self.dead = False
+        self.dead = self.stopped = False
         self.start()
 
     def held(self) -> int:
@@ -102,6 +102,9 @@ class LocalNode:
     def __call__(self, start: bool) -> "LocalLink":
         return LocalLink(self)
 
+    def is_gone(self) -> bool:
+        return self.dead
+
 
 class LocalLink:
     """A connection to it: the same messages without a socket."""
@@ -113,6 +116,8 @@ class LocalLink:
     def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
         if self._node.dead:
             raise WireError("exit code -9")
+        if self._node.stopped:
+            raise TimeoutError
         request = json.loads(json.dumps(request))
         operation = self._node.agent.for_ranks[request["op"]]
         answer = json.loads(json.dumps(answer_of(operation, self._session, request, memoryview(b""))[0]))

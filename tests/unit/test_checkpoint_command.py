@@ -14,7 +14,7 @@ from moetrain.cli import main
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, seal
 from moetrain.store.objects import CheckpointFolder
-from tests.unit.checkpoint_kit import BANKS, Job
+from tests.unit.checkpoint_kit import BANKS, Job, flip
 
 ROOT = Path(__file__).parents[2]
 PROGRAM = """
@@ -121,7 +121,7 @@ def test_show_draws_the_ages_as_a_map(run_folder, tmp_path):
     assert text.splitlines()[-1] == str(tmp_path / "ages.png")
     assert (tmp_path / "ages.png").read_bytes().startswith(b"\x89PNG")
     status, text = moetrain_checkpoint("show", run_folder, "--png", tmp_path / "none" / "ages.png")
-    assert (status, "cannot be drawn" in text) == (2, True)
+    assert (status, text.startswith(f"{tmp_path / 'none' / 'ages.png'} cannot be drawn")) == (2, True)
 
 
 def test_diff_says_what_was_written_anew(run_folder, said):
@@ -155,18 +155,72 @@ def test_a_recovery_point_is_named_by_number_or_pin(run_folder, said):
     assert said("show", run_folder, "--seq", "worst") == (
         2, "worst is neither the number of a recovery point nor a pin. Pins: best; `moetrain checkpoint list` shows the numbers.\n"
     )  # fmt: skip
-    assert said("show", run_folder, "--seq", 9)[1].startswith("There is no good recovery point 9 in")
     assert said("unpin", run_folder, "best")[0] == 0
     assert said("unpin", run_folder, "best")[0] == 2
+
+
+@pytest.mark.parametrize("command", [["show", "--seq"], ["diff", 1], ["convert", "--to", "dcp", "--out", "tree", "--seq"]])
+def test_a_missing_recovery_point_and_a_damaged_one_are_told_apart(run_folder, said, command):
+    verb, *more = command
+    missing = f"There is no recovery point 9 in {run_folder / 'checkpoint'}. There are seq 1, 2, 3.\n"
+    assert said(verb, run_folder, *more, 9) == (2, missing)
+    file = run_folder / "checkpoint" / "manifests" / f"{points(run_folder)[1].save}.json"
+    file.write_bytes(file.read_bytes()[:-40])
+    status, text = said(verb, run_folder, *more, 2)
+    assert (status, text.startswith(f"Recovery point 2 cannot be used: {file}"), "There are seq 1, 2, 3." in text) == (2, True, True)
+
+
+def test_a_pin_of_a_recovery_point_that_is_gone_is_named(run_folder, said):
+    said("pin", run_folder, "best", "--seq", 1)
+    (run_folder / "checkpoint" / "manifests" / f"{points(run_folder)[2].save}.json").unlink()
+    gone = "The pin best keeps seq 1, which is not there any more"
+    for verb in ("show", "pin", "diff"):
+        arguments = {"show": ["--seq", "best"], "pin": ["best", "--seq", "best"], "diff": ["best", 3]}[verb]
+        status, text = said(verb, run_folder, *arguments)
+        assert (status, text.startswith(f"{gone}. `moetrain checkpoint unpin RUN best` takes it away")) == (2, True)
+    status, text = said("verify", run_folder)
+    assert (status, gone in text) == (1, True)
+    assert gone in said("list", run_folder)[1]
+    said("unpin", run_folder, "best")
+    assert "pin" not in said("verify", run_folder)[1]
 
 
 def test_prune_keeps_the_newest_and_the_pinned(run_folder, said):
     said("pin", run_folder, "first", "--seq", 1)
     (run_folder / "DONE").touch()
-    assert said("prune", run_folder, "--keep", 1) == (0, "1 recovery points removed, 2 kept.\n")
+    assert said("prune", run_folder, "--keep", 1) == (0, "1 recovery point removed, 2 kept.\n")
     assert [point.seq for point in points(run_folder)] == [3, 1]
     assert said("verify", run_folder)[0] == 0
     assert said("prune", run_folder, "--keep", 0)[0] == 2
+
+
+def test_prune_refuses_to_leave_nothing_good(run_folder, said):
+    def damage(point: Manifest, label: str) -> None:
+        name = next(name for name, record in point.objects.items() if record.step == point.step and name.endswith(label))
+        (run_folder / "checkpoint" / "objects" / name / "c.0").unlink()
+
+    newest, middle, _ = points(run_folder)
+    label = next(name.rpartition("/")[2] for name, record in newest.objects.items() if record.step == 30 and "dense" in name)
+    (run_folder / "DONE").touch()
+    damage(newest, label)
+    status, text = said("prune", run_folder, "--keep", 1)
+    assert (status, len(points(run_folder))) == (2, 3)
+    assert "seq 3: " in text and label in text and "Nothing was removed. seq 2 is good: pin it" in text
+    status, text = said("prune", run_folder, "--keep", 2)
+    assert (status, [point.seq for point in points(run_folder)]) == (1, [3, 2])
+    assert "These are kept and damaged; an older one is good.\nseq 3: " in text
+    assert said("verify", run_folder)[1].count("good") == 1
+    damage(middle, label)
+    status, text = said("prune", run_folder, "--keep", 1)
+    assert (status, "No other one is good either" in text, len(points(run_folder))) == (2, True, 2)
+
+
+def test_prune_reads_what_it_leaves(run_folder, said):
+    (run_folder / "DONE").touch()
+    newest = points(run_folder)[0]
+    flip(next(file for name in newest.objects for file in (run_folder / "checkpoint" / "objects" / name).glob("c.0")), 5)
+    assert said("prune", run_folder, "--keep", 1)[0] == 2
+    assert len(points(run_folder)) == 3
 
 
 def test_prune_leaves_a_folder_alone_that_a_living_job_claims(run_folder):
@@ -178,6 +232,19 @@ def test_prune_leaves_a_folder_alone_that_a_living_job_claims(run_folder):
     assert moetrain_checkpoint("pin", run_folder, "newest")[0] == 0
     assert moetrain_checkpoint("prune", run_folder, "--keep", 1, "--take-over")[0] == 0
     assert len(points(run_folder)) == 1
+
+
+def test_prune_asks_first_where_the_claims_are_gone_and_then_claims_above_what_is_there(run_folder, said):
+    job = Job(run_folder / "checkpoint", 2, 2)
+    job.load()
+    job.save(40)
+    shutil.rmtree(run_folder / "checkpoint" / "claims")
+    status, text = said("prune", run_folder, "--keep", 1)
+    assert (status, [point.seq for point in points(run_folder)]) == (2, [4, 3, 2])
+    assert text.startswith("A job whose claim is gone may be writing to") and "--take-over" in text
+    assert said("prune", run_folder, "--keep", 1, "--take-over")[0] == 0
+    assert [path.name for path in (run_folder / "checkpoint" / "claims").iterdir()] == ["000003"]
+    assert [point.seq for point in points(run_folder)] == [4]
 
 
 def claimed_elsewhere(checkpoint: Path) -> None:
@@ -196,7 +263,14 @@ def test_whether_a_run_is_done_is_looked_up_in_the_run_and_not_beside_its_checkp
     for folder in (run, place):
         assert said("prune", folder, "--keep", 2)[0] == 2
     (run / "DONE").touch()
-    assert said("prune", run, "--keep", 2) == (0, "1 recovery points removed, 2 kept.\n")
+    assert said("prune", run, "--keep", 2) == (0, "1 recovery point removed, 2 kept.\n")
+
+
+def test_a_convert_with_nothing_new_says_so(run_folder, tmp_path, said):
+    assert said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree")[1].count("seq") == 3
+    assert said("convert", run_folder, "--to", "dcp", "--out", tmp_path / "tree") == (
+        0, f"{tmp_path / 'tree'} has every recovery point already.\n"
+    )  # fmt: skip
 
 
 def test_convert_asks_the_run_whether_it_is_done(run_folder, tmp_path, said):
@@ -272,6 +346,10 @@ def test_mistakes_of_convert_are_sentences(run_folder, tmp_path, capsys):
     assert "--seq goes with --to" in capsys.readouterr().err
     assert moetrain("convert", run_folder, "--to", "dcp", "--out", run_folder, "--seq", 1) == 2
     assert "exists" in capsys.readouterr().err
+    for place, more in (("checkpoint", []), ("checkpoint/tree", []), ("checkpoint/one", ["--seq", 1])):
+        assert moetrain("convert", run_folder, "--to", "dcp", "--out", run_folder / place, *more) == 2
+        assert "lies in the checkpoint folder" in capsys.readouterr().err
+    assert {path.name for path in (run_folder / "checkpoint").iterdir()} <= {"claims", "manifests", "objects", "receipts", "gc"}
 
 
 @pytest.mark.parametrize("verb", ["list", "show", "verify", "diff", "pin", "unpin", "prune", "convert"])

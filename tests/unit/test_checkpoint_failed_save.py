@@ -3,7 +3,6 @@
 import errno
 import logging
 import os
-import shutil
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
@@ -114,7 +113,7 @@ def test_a_folder_that_is_away_for_a_while_costs_the_saves_of_that_time(tmp_path
         lost = job.save(step)
         assert not any(pending.committed for pending in lost)
         assert "was it moved or unmounted?" in lost[0].reason
-    shutil.rmtree(place)
+    assert not place.exists(), "it could not be moved back"
     away.rename(place)
     assert all(pending.committed for pending in job.save(4))
     newest, first = manifests(place)
@@ -171,6 +170,19 @@ def test_no_room_for_the_copy_is_said_before_the_next_update(tmp_path):
     job.start(1)
     with pytest.raises(CheckpointError, match="fits nowhere"):
         job.ranks[0].wait_copied()
+
+
+def test_the_last_save_asks_an_agent_once_more_that_did_not_answer(tmp_path):
+    job = Job(tmp_path / "checkpoint", 1, 1)
+    job.save(10)
+    job.nodes[0].stopped = True
+    (given_up,) = job.save(20)
+    job.nodes[0].stopped = False
+    (too_soon,) = job.save(30)
+    assert "asked again" in too_soon.reason and not given_up.committed
+    (last,) = job.save(40, full=True)
+    assert last.committed
+    job.ranks[0].finish()
 
 
 class LateNode(LocalNode):

@@ -63,7 +63,7 @@ def test_what_came_from_memory_is_not_taken_for_committed(tmp_path):
     assert (status.committed_step, status.committed_seq) == (10, manifests(tmp_path)[0].seq)
     again.nodes[0].dead = True
     again.save(20)
-    with pytest.raises(CheckpointError, match="The last good one is of step 10"):
+    with pytest.raises(CheckpointError, match="The last good one is of step 10; start the same command again"):
         again.ranks[0].finish()
 
 
@@ -293,6 +293,14 @@ def test_nobody_elses_folder_is_used(tmp_path):
         own_folder(folder)
     assert arena_folder(tmp_path / "other", str(tmp_path)) != folder
     assert arena_folder(Path("/a/checkpoint")) == arena_folder(Path("/a/checkpoint"))
+
+
+def test_a_run_has_one_arena_however_its_folder_is_spelled(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "link").symlink_to("runs")
+    assert arena_folder(tmp_path / "link" / "run" / "checkpoint") == arena_folder(tmp_path / "runs" / "run" / "checkpoint")
+    assert arena_folder(tmp_path / "runs" / ".." / "runs" / "run") == arena_folder(tmp_path / "runs" / "run")
+    assert arena_folder(Path("s3://bucket/run")) != arena_folder(Path("s3://bucket/other"))
 
 
 def test_status_counts_slots_by_state(tmp_path):

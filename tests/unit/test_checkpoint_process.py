@@ -31,11 +31,14 @@ class Stoppable:
 
     def __init__(self) -> None:
         self.folder, self.spare = Path("/nowhere"), list[Path]()
-        self.stopped = False
+        self.stopped = self.killed = False
         self.asked: list[float] = []
 
     def __call__(self, start: bool) -> Link:
         return self
+
+    def is_gone(self) -> bool:
+        return self.killed
 
     def call(self, request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
         self.asked.append(min(limit_seconds, silence_seconds))
@@ -75,6 +78,27 @@ def test_a_stopped_agent_holds_up_training_for_seconds_and_then_ever_more_rarely
     clock.sleep(9.0)
     with pytest.raises(AgentLate, match="asked again in 1 s"):
         memory.reserve(SaveId(1, 1), Needs(), [])
+
+
+def test_a_stopped_agent_that_is_killed_is_followed_by_another_one_at_once():
+    agent = Stoppable()
+    memory = NodeMemory(agent, 0, 1, FakeClock())
+    agent.stopped = True
+    for _ in range(2):
+        with pytest.raises(AgentLate):
+            memory.reserve(SaveId(1, 1), Needs(), [])
+    agent.stopped, agent.killed = False, True
+    assert memory.reserve(SaveId(1, 1), Needs(), []) == {}
+
+
+def test_only_an_agent_without_a_listening_socket_is_gone(tmp_path):
+    launcher = process.Launcher(tmp_path / "run", process.AgentConfig(folder=str(tmp_path)))
+    assert launcher.is_gone()
+    launcher.folder.mkdir()
+    with listening(launcher.folder / PULSE) as pulse:
+        pulse.listen(0)
+        assert [launcher.is_gone() for _ in range(3)] == [False] * 3, "nobody picks up, and then nobody else can call"
+    assert launcher.is_gone()
 
 
 def test_a_recovery_waits_longer_for_an_agent_than_training_does():

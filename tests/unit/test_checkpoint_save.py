@@ -165,6 +165,19 @@ def test_a_model_of_another_shape_is_refused_before_anything_changes(tmp_path):
     assert all(torch.equal(piece.data, old) for piece, old in zip(state, before, strict=False))
 
 
+def test_a_model_that_lacks_what_was_saved_is_refused_before_anything_changes(tmp_path):
+    Job(tmp_path, 2, 2).save(1)
+    job = Job(tmp_path, 1, 1)
+    state = [piece for piece in state_of(0, 1, 1, -1) if piece.bank != BANKS[1]]
+    before = [piece.data.clone() for piece in state]
+    with pytest.raises(CheckpointError, match=rf"of step 1 has {BANKS[1]}\.\S+ and 31 more, which this model lacks"):
+        job.ranks[0].load(state, "auto")
+    assert all(torch.equal(piece.data, old) for piece, old in zip(state, before, strict=True))
+    choice = agreed_choice(tmp_path, "must")
+    assert choice is not None
+    assert restore(choice, state, 1).step == 1, "an export reads what it needs"
+
+
 def test_state_may_change_after_wait_copied(tmp_path):
     job = Job(tmp_path, 1, 1)
     state = job.states(1)[0]

@@ -411,8 +411,8 @@ def test_facts_of_an_older_version_are_enough_for_what_is_whole(folder: Checkpoi
         (lambda facts: facts.update(mode="nonsense"), "its mode is nonsense, which is none of experts, weights16, moments, full"),
         (lambda facts: facts["steps"][BANKS[0]]["m"].pop(), "has 4 experts, and the steps of their m are"),
         (lambda facts: facts["steps"][BANKS[0]].pop("m"), "does not say of which step the experts in .* are"),
-        (lambda facts: facts["steps"].pop(BANKS[0]), "is damaged: KeyError"),
-        (lambda facts: facts.update(banks=None), "is damaged: AttributeError"),
+        (lambda facts: facts["steps"].pop(BANKS[0]), "is damaged: .*KeyError"),
+        (lambda facts: facts.update(banks=None), "is damaged: .*AttributeError"),
         (lambda facts: facts.update(step="late"), "its steps are no numbers"),
         (lambda facts: facts.update(keys=[1]), "its names are no texts"),
         (lambda facts: facts.update(ledger=Ledger.of_banks({BANKS[0]: 3}).to_json()), "its ledger counts other experts"),
@@ -434,6 +434,18 @@ def test_an_unreadable_file_ends_the_reading_and_commits_nothing(folder: Checkpo
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_into(folder, DcpFolder(tmp_path / "out"), SystemClock())
     assert [point.step for point in points(folder)] == [10, 20, 30]
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_bytes(file.read_bytes()[:40])], ids=["gone", "cut"])
+def test_a_damaged_tree_leaves_no_new_folder_and_is_told_with_the_name_of_the_file(folder, tmp_path: Path, damage: Callable):
+    write_whole(folder, points(folder)[0], tmp_path / "out")
+    victim = max((tmp_path / "out").glob(f"*{BANKS[1]}*"))
+    damage(victim)
+    with pytest.raises(CheckpointError, match="Write it again") as error:
+        read_into(CheckpointFolder(tmp_path / "new" / "run" / "checkpoint", Io()), DcpFolder(tmp_path / "out"), SystemClock())
+    assert "Error(" not in error.value.message
+    assert str(victim) in error.value.message or victim.exists()
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_newer_bfloat16_copy_stands_in_for_a_master(folder: CheckpointFolder, tmp_path: Path):

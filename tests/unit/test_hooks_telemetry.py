@@ -132,7 +132,7 @@ def test_events_say_how_a_run_began_and_ended(tmp_path: Path) -> None:
     fresh = Bench(tmp_path).drive(EventHook(None), 2, reason="STOP file")
     at = {"train/step": 0, "train/tokens": 0}
     start, stop = fresh.sink.records
-    assert start == at | {"event": "start", "parallel/ranks": 1}
+    assert start == at | {"event": "start", "parallel/ranks": 1, "train/total_steps": 10}
     assert stop == {"train/step": 2, "train/tokens": 200, "event": "stop", "reason": "STOP file"}
     ages = {("a", 0): 0, ("a", 1): 3, ("b", 0): 3, ("b", 1): 0}
     restored = LoadReport(

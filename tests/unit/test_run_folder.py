@@ -44,6 +44,18 @@ def test_an_empty_configuration_is_none(tmp_path: Path) -> None:
     assert saved_config(tmp_path) is None
 
 
+@pytest.mark.parametrize("junk", [b":[", b"{", b"[1]\n", b"text\n", b"\xff\xfe"])
+def test_a_configuration_that_is_none_is_damage_with_a_way_out(tmp_path: Path, junk: bytes) -> None:
+    (tmp_path / "config.yaml").write_bytes(junk)
+    with pytest.raises(
+        CheckpointError, match=r"config\.yaml is damaged: it holds no configuration\. Bring it back from a copy, or remove it"
+    ):
+        saved_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("train: {unheard: 1}\n")
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read: Key 'unheard' not in 'TrainingConfig'\. It may be of another"):
+        saved_config(tmp_path)
+
+
 def test_other_text_under_the_same_path_is_another_run(tmp_path: Path) -> None:
     config = TrainConfig()
     write_config(config, CONTENT, tmp_path, [])
