@@ -26,7 +26,7 @@ train: $(STAMP) ## Prepare the default corpus and train the small MoE on two pro
 	@OMP_NUM_THREADS=1 .venv/bin/moetrain train --nproc 2 +experiment=$(EXPERIMENT) $(ARGS)
 
 test: $(STAMP) ## Run every CPU test
-	@$(SMALL_THREADS) .venv/bin/python -m pytest -n 2 --dist worksteal -m "not gpu and not slow" --coverage-map=docs/coverage.md tests
+	@$(SMALL_THREADS) .venv/bin/python -m pytest -n 3 --dist worksteal -m "not gpu and not slow" --coverage-map=docs/coverage.md tests
 
 test-slow: $(STAMP) ## Run the CPU tests that take minutes
 	@$(SMALL_THREADS) .venv/bin/python -m pytest -m "slow and not gpu" --timeout 1800

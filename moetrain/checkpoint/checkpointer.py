@@ -21,9 +21,10 @@ from moetrain.checkpoint.copying import Ready
 from moetrain.checkpoint.course import Course, Line
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.memory_lane import MemoryLane
+from moetrain.checkpoint.node_memory import NodeMemory
 from moetrain.checkpoint.pending import Order, Pending
 from moetrain.checkpoint.persist_lane import PersistLane
-from moetrain.checkpoint.process import Connect, Launcher, NodeMemory
+from moetrain.checkpoint.process import Connect, Launcher
 from moetrain.checkpoint.recover import Agree, Gather, LoadReport, from_rank_zero, restore_together, together
 from moetrain.checkpoint.roster import Roster
 from moetrain.checkpoint.status import Standing, Status

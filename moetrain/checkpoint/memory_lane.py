@@ -21,10 +21,11 @@ from moetrain.checkpoint.decider import Decider
 from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.modes import is_derived, is_written
+from moetrain.checkpoint.node_memory import HungUp, Needs, NodeMemory
 from moetrain.checkpoint.pending import Pending
 from moetrain.checkpoint.persist_lane import FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS, PersistLane
 from moetrain.checkpoint.plan import Part, lay_out, my_parts
-from moetrain.checkpoint.process import AgentDied, HungUp, Needs, NodeMemory
+from moetrain.checkpoint.process import AgentDied
 from moetrain.checkpoint.roster import Roster
 from moetrain.checkpoint.status import Standing
 from moetrain.model.state import ModelState

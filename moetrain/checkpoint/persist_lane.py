@@ -14,8 +14,9 @@ from moetrain.checkpoint.course import Course, Start
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.lane import Lane
 from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.node_memory import NodeMemory
 from moetrain.checkpoint.pending import Pending
-from moetrain.checkpoint.process import AgentDied, AgentLate, NodeMemory
+from moetrain.checkpoint.process import AgentDied, AgentLate
 from moetrain.checkpoint.status import Standing
 from moetrain.checkpoint.turns import Figures, Turns
 from moetrain.store.manifest import SaveId

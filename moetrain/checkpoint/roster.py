@@ -9,8 +9,9 @@ from moetrain.checkpoint.copying import parts_of, shown
 from moetrain.checkpoint.course import Course, banks_of
 from moetrain.checkpoint.fit import Fit, Share, fit
 from moetrain.checkpoint.modes import Selection, is_derived
+from moetrain.checkpoint.node_memory import NodeMemory
 from moetrain.checkpoint.plan import Holding, holdings_of, merged, my_parts
-from moetrain.checkpoint.process import AgentDied, NodeMemory
+from moetrain.checkpoint.process import AgentDied
 from moetrain.checkpoint.recover import Gather, together
 from moetrain.checkpoint.source import Memory
 from moetrain.checkpoint.turns import Homes, homes_of

@@ -16,7 +16,8 @@ from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena, arena_folder
 from moetrain.checkpoint.checkpointer import Checkpointer
 from moetrain.checkpoint.config import AgentConfig, CheckpointConfig
-from moetrain.checkpoint.process import Launcher, Needs, NodeMemory, own_address
+from moetrain.checkpoint.node_memory import Needs, NodeMemory
+from moetrain.checkpoint.process import Launcher, own_address
 from moetrain.checkpoint.recover import alone
 from moetrain.checkpoint.serve import SOCKET, Server, clear, lock, owned, remove_stale, short_path
 from moetrain.checkpoint.wire import Address, Refused, WireError, ask

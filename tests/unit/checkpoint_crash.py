@@ -25,8 +25,9 @@ from moetrain.checkpoint.config import AgentConfig
 from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.job import Reply, SaveJob
 from moetrain.checkpoint.modes import is_written
+from moetrain.checkpoint.node_memory import Needs, NodeMemory
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
-from moetrain.checkpoint.process import AGENT, AgentDied, Launcher, Needs, NodeMemory
+from moetrain.checkpoint.process import AGENT, AgentDied, Launcher
 from moetrain.checkpoint.writer import handle, with_checksums
 from moetrain.store.encode import ArrayReader, Reads
 from moetrain.store.io import Io

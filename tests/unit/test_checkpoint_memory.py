@@ -10,8 +10,8 @@ from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import State, arena_folder, own_folder
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
+from moetrain.checkpoint.node_memory import Needs
 from moetrain.checkpoint.plan import Holding
-from moetrain.checkpoint.process import Needs
 from moetrain.checkpoint.recover import LoadReport, agreed_choice
 from moetrain.checkpoint.shelf import GENERATIONS
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, flip, manifests, objects_of

@@ -15,7 +15,8 @@ from moetrain.base.clock import SystemClock
 from moetrain.checkpoint import process
 from moetrain.checkpoint.agent import Agent
 from moetrain.checkpoint.arena import Arena, map_slot
-from moetrain.checkpoint.process import AgentDied, AgentLate, HungUp, Link, Needs, NodeMemory, SocketLink
+from moetrain.checkpoint.node_memory import HungUp, Needs, NodeMemory
+from moetrain.checkpoint.process import AgentDied, AgentLate, Link, SocketLink
 from moetrain.checkpoint.serve import PULSE, SOCKET, Server, remove_stale
 from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
@@ -172,7 +173,7 @@ def test_a_persist_link_that_ends_while_slots_are_mapped_disturbs_no_copy(monkey
             memory._drop(lane)
         return map_slot(path)
 
-    monkeypatch.setattr("moetrain.checkpoint.process.map_slot", map_and_drop)
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.map_slot", map_and_drop)
     assert len(memory.reserve(SaveId(1, 1), Needs(), [100, 5000])) == 2
 
 
