@@ -80,6 +80,8 @@ class Agent:
     def close(self, session: Session) -> None:
         """Frees what a rank was filling when it died."""
         with self._lock:
+            for slot in session.filling.values():
+                slot.is_abandoned = True
             self.arena.release(session.filling.values(), State.FILLING)
             self.arena.release(session.reading, State.RECOVERY)
             session.filling, session.reading = {}, []
@@ -104,14 +106,22 @@ class Agent:
 
     def _join(self, session: Session, request: dict, raw: memoryview) -> Answer:
         run, epoch = request["run"], request["epoch"]
+        session.run = run
+        has_the_folder = are_two(run, self._run) and self._is_of(request["checkpoint"], run)
         with self._lock:
-            if are_two(run, self._run):  # the run that was here is gone, and another one has its folder
+            if has_the_folder and are_two(run, self._run):  # the run that was here is gone
                 self.shelf.remove(self.generations)
                 self._begin(run, epoch)
             self._check_job(run, epoch)
-            session.rank, session.run = request["rank"], run
+            session.rank = request["rank"]
             self.left[request["rank"]] = False
         return self._identity(), b""
+
+    def _is_of(self, checkpoint: str, run: str) -> bool:
+        """Whether the checkpoint folder is this run's now."""
+        with suppress(OSError, CheckpointError):
+            return CheckpointFolder(Path(checkpoint), self.io).run() == run
+        return False
 
     def _leave(self, session: Session, request: dict, raw: memoryview) -> Answer:
         """A rank needs nothing of this any more; when the last one says so nothing is offered to a later start. What an older job needs is

@@ -118,6 +118,7 @@ class Slot:
         self.memory = map_slot(path)
         self.num_bytes = len(self.memory)
         self.holds: Counter[State] = Counter()
+        self.is_abandoned = False  # by a rank that did not say it has done with it
 
     @property
     def state(self) -> State:
@@ -201,9 +202,11 @@ class Arena:
         return slot
 
     def _remove(self, slot: Slot) -> None:
-        """Its pages are given back at once, whoever still maps them: zeros are read there from now on."""
-        with suppress(OSError):  # a file system that cannot waits for the last of those maps
-            slot.memory.madvise(mmap.MADV_REMOVE)
+        """Its pages are given back at once, whoever still maps them: zeros are read there from now on. Where somebody may still write,
+        or the file system cannot, that waits for the last of those maps."""
+        if not slot.is_abandoned:
+            with suppress(OSError):
+                slot.memory.madvise(mmap.MADV_REMOVE)
         del self.slots[slot.path]
         os.unlink(slot.path)
 

@@ -61,7 +61,8 @@ class Checkpointer:
         save, run = SaveId.parse(first), first.rpartition(" ")[2]
         assert save is not None
         self._next = save
-        self._memory = NodeMemory(connect or Launcher(self._folder.path, config.agent), rank, save.epoch, clock, run)
+        agent = connect or Launcher(self._folder.path, config.agent)
+        self._memory = NodeMemory(agent, rank, save.epoch, clock, self._folder.path, run)
         accord = Accord(board or DictBoard(), f"checkpoint/{first}", rank, world, clock)
         self._turns = turns or Turns(config, Horizon())
         self._course = Course(self._folder, config, self._turns)
@@ -153,11 +154,12 @@ class Checkpointer:
         restored = restore_together(
             self._folder.path, at, state, self._rank, self._world, self._gather, memory=memory, keep=self._config.keep
         )
+        if restored is None:
+            self._check_that_nothing_is_there(at)
         self._is_from_memory = restored is not None and restored[0].is_in_memory
         self._memory.went_on(restored[0].manifest.save if restored and self._is_from_memory else None)
         self._roster.draw_up(state)
         if restored is None:
-            self._check_that_nothing_is_there(at)
             return None
         choice, report = restored
         self._go_on_from(choice, report)

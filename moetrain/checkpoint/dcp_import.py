@@ -23,6 +23,7 @@ from moetrain.checkpoint.job import Receipt, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.plan import ObjectPlan, Part, lay_out
 from moetrain.checkpoint.writer import attributes
+from moetrain.store.backend import is_s3
 from moetrain.store.boxes import Shape, overlap
 from moetrain.store.encode import Encoded, bytes_of, encode, stored_dtype
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, Tensor
@@ -147,7 +148,8 @@ def read_into(folder: CheckpointFolder, source: DcpFolder, clock: Clock) -> Mani
     facts = source.facts()
     check_keys(facts, source.tensors().keys(), source.path)
     batches = list(_batches(_sources(source, facts)))
-    absent = [place for place in (folder.path, *folder.path.parents) if not folder.io.is_folder(place)]
+    places = () if is_s3(folder.path) else (folder.path, *folder.path.parents)  # an object store has no folders
+    absent = [place for place in places if not folder.io.is_folder(place)]
     save = folder.claim(clock.now())
     job = SaveJob(
         folder=str(folder.path), save=save, parent=None, rank=0, world=1, index=facts.index, step=facts.step, mode=facts.mode,

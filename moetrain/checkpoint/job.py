@@ -53,7 +53,7 @@ class SaveJob:
             | {
                 "save": SaveId(*found["save"]),
                 "parent": None if found["parent"] is None else SaveId(*found["parent"]),
-                "ancestors": tuple(SaveId(*one) for one in found["ancestors"]),
+                "ancestors": tuple(SaveId(*one) for one in found.get("ancestors", ())),
                 "objects": [_plan_of_json(plan) for plan in found["objects"]],
                 "extras": [_plan_of_json(plan) for plan in found["extras"]],
                 "tensors": [Tensor.of_json(tensor) for tensor in found["tensors"]],

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
+from pathlib import Path
 from threading import Lock
 
 from moetrain.base.clock import Clock
@@ -21,7 +22,7 @@ from moetrain.store.objects import Superseded
 
 
 class HungUp(AgentDied):
-    """This rank has no connection to it any more, and makes none for what it asked."""
+    """This rank has no connection to it at the moment, and makes none for what it asked."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class NodeMemory:
     alone for a while, longer each time; one that works on a large copy has all of `CALL_SECONDS`.
     """
 
-    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock, run: str = "") -> None:
-        """`run`: as the checkpoint folder said when the epoch was claimed; "": not known."""
-        self._connect, self._rank, self._epoch, self.run = connect, rank, epoch, run
+    def __init__(self, connect: Connect, rank: int, epoch: int, clock: Clock, checkpoint: Path = Path(), run: str = "") -> None:
+        """`run`: as the `checkpoint` folder said when the epoch was claimed; "": not known."""
+        self._connect, self._rank, self._epoch, self._checkpoint, self.run = connect, rank, epoch, checkpoint, run
         self._links: dict[str, Link] = {}
         self._locks = {"copy": Lock(), "persist": Lock()}
         self._maps: dict[str, mmap.mmap] = {}
@@ -117,7 +118,7 @@ class NodeMemory:
         """Ends the connections. `done`: nothing in memory is needed any more; the agent ends when all ranks have said so."""
         with self._locks["copy"]:
             if done and self._links:
-                with suppress(AgentDied):
+                with suppress(AgentDied, Superseded):
                     self._answer("copy", {"op": "leave", "epoch": self._epoch}, CALL_SECONDS, start=False)
             for lane in list(self._links):
                 self._drop(lane)
@@ -164,14 +165,14 @@ class NodeMemory:
         if link is None:
             raise AgentDied("this node has no agent")
         self._links[lane] = link
-        link.call(self._join | {"rank": self._rank}, CALL_SECONDS, silence_seconds)
+        _accepted(link.call(self._join | {"rank": self._rank}, CALL_SECONDS, silence_seconds))
         if self._partner is not None:
             link.call({"op": "partner", "rank": self._rank, "address": self._partner}, CALL_SECONDS, silence_seconds)
         return link
 
     @property
     def _join(self) -> dict:
-        return {"op": "join", "run": self.run, "epoch": self._epoch}
+        return {"op": "join", "run": self.run, "epoch": self._epoch, "checkpoint": str(self._checkpoint)}
 
     def _drop(self, lane: str) -> None:
         if lane == "copy":  # the slots may be another agent's to give

@@ -12,35 +12,17 @@ def check_rest(folder: CheckpointFolder, keep: int) -> list[str]:
     Raises CheckpointError when none is good and some would go.
     """
     look = remembered(check_object)
-    stay = _staying(folder, keep)
+    stay, going = folder.sorted_out(keep)
     damage: list[str] = []
     for save in stay:
         bad = _damage(folder, save, look)
         if not bad:
             return damage
         damage.append(f"seq {save.seq}: {bad[0]}" + (f" {len(bad) - 1} more objects are damaged." if len(bad) > 1 else ""))
-    if going := [save for save in folder.saves() if save not in stay]:
+    if going:
         message = f"No recovery point that --keep {keep} leaves is good: {' '.join(damage)} Nothing was removed."
         raise CheckpointError(message, _way_out(folder, going, look))
     return damage
-
-
-def _staying(folder: CheckpointFolder, keep: int) -> list[SaveId]:
-    """As a sweep counts them: what cannot be read at all is none of the `keep`."""
-    pinned, stay, good = set(folder.pins().values()), list[SaveId](), 0
-    for save in folder.saves():
-        if good < keep or save in pinned:
-            stay.append(save)
-        good += _is_readable(folder, save)
-    return stay
-
-
-def _is_readable(folder: CheckpointFolder, save: SaveId) -> bool:
-    try:
-        folder.manifest(save)
-    except CheckpointError:
-        return False
-    return True
 
 
 def _damage(folder: CheckpointFolder, save: SaveId, look: Look) -> list[str]:

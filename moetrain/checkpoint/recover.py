@@ -196,11 +196,15 @@ def restore_together(
 
 def _check_that_all_is_wanted(manifest: Manifest, state: ModelState, world: int, gather: Gather) -> None:
     """Raises CheckpointError on every rank when none of them holds a tensor of the checkpoint: the next one could not refer to it."""
-    held = together(lambda: sorted({fragment.key for fragment in state}), gather)
-    if len(held) != world:  # a `gather` that brings rank 0's answer only
+    own = {fragment.key for fragment in state}
+    keys = [key for key, tensor in manifest.tensors.items() if not is_derived(tensor)]
+    said = together(lambda: f"{sum(1 << bit for bit, key in enumerate(keys) if key in own):x}", gather)
+    if len(said) != world:  # a `gather` that brings rank 0's answer only
         return
-    wanted = {key for keys in held if isinstance(keys, list) for key in keys}
-    if left := [key for key, tensor in manifest.tensors.items() if key not in wanted and not is_derived(tensor)]:
+    held = 0
+    for bits in said:
+        held |= int(str(bits), 16)
+    if left := [key for bit, key in enumerate(keys) if not held >> bit & 1]:
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         raise CheckpointError(f"The checkpoint of step {manifest.step} has {left[0]}{more}, which this model lacks.", OTHER_MODEL)
 

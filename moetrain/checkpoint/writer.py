@@ -18,7 +18,7 @@ from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.plan import ObjectPlan
 from moetrain.store.encode import Encoded, checksums, encode, stored_dtype
 from moetrain.store.io import Io
-from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, Tensor
+from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, SaveId, Tensor
 from moetrain.store.objects import CheckpointFolder, Superseded
 
 ORPHAN_SECONDS = 5.0  # how long rank 0's agent still waits for news when its rank is dead,
@@ -137,12 +137,18 @@ def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, cloc
     try:
         folder.commit(manifest)
     except OSError as error:
-        if folder.outcome(job.save) is True:
-            return manifest  # an error after the name appeared, as of the last fsync, undoes nothing
-        if error.errno in FULL:
-            raise
-        raise Unsure(str(error)) from error
-    return manifest
+        if not _is_there(job.save, folder):
+            if error.errno in FULL:
+                raise
+            raise Unsure(str(error)) from error
+    return manifest  # an error after the name appeared, as of the last fsync, undoes nothing
+
+
+def _is_there(save: SaveId, folder: CheckpointFolder) -> bool:
+    """Whether it is known to be committed."""
+    with suppress(OSError):
+        return folder.outcome(save) is True
+    return False
 
 
 def _parent(job: SaveJob, folder: CheckpointFolder) -> Manifest | None:
@@ -168,6 +174,8 @@ def handle(job: SaveJob, memories: Sequence[memoryview], io: Io, clock: Clock, a
     if job.rank:
         outcome = "abandoned" if receipt.error else "written"
         with suppress(OSError):
+            if receipt.error and folder.outcome(job.save) is False:  # what was written went meanwhile; why, rank 0 has said
+                receipt = replace(receipt, error=folder.reason(job.save) or receipt.error)
             folder.put_receipt(job.save, job.rank, receipt.to_json())
         return Reply(outcome, receipt.error, num_bytes, clock.monotonic() - started)
     try:

@@ -43,6 +43,8 @@ def _sections(path: Path) -> DictConfig:
     """What a configuration file holds. Raises CheckpointError for text that is none."""
     try:
         found = OmegaConf.load(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     except Exception:  # no text, or no YAML
         found = None
     if not isinstance(found, DictConfig) or not any(section.name in found for section in fields(TrainConfig)):

@@ -183,10 +183,11 @@ class Manifest:
         if found.pop("format", None) != FORMAT or found.pop("version", None) != VERSION:
             raise CheckpointError(f"{what} is no checkpoint manifest of version {VERSION}.", "Read it with the release that wrote it.")
         with parsing(what):
+            parent = None if found["parent"] is None else SaveId(*found["parent"])
             found |= {
                 "save": SaveId(*found["save"]),
-                "parent": None if found["parent"] is None else SaveId(*found["parent"]),
-                "ancestors": tuple(SaveId(*one) for one in found.get("ancestors", ())),
+                "parent": parent,
+                "ancestors": tuple(SaveId(*one) for one in found.get("ancestors", [parent] if parent else [])),  # absent: an early one's
                 "objects": {record["name"]: ObjectRecord(**record) for record in found["objects"]},
                 "tensors": by_key(Tensor.of_json(tensor) for tensor in found["tensors"]),
             }

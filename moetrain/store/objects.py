@@ -273,6 +273,10 @@ class CheckpointFolder:
             self.check_free()
         return Sweep(self, self.path, self.io, self.claim(time.time())).run(keep)
 
+    def sorted_out(self, keep: int) -> tuple[list[SaveId], list[SaveId]]:
+        """What a sweep now would leave, and what it would remove."""
+        return Sweep(self, self.path, self.io, SaveId(0, 0)).sorted_out(keep)
+
     def check_free(self) -> None:
         """For a command that will claim the folder. Raises CheckpointError when a job that writes here is alive or may be."""
         if (owner := self._owner()) is not None:

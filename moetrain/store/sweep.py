@@ -83,16 +83,24 @@ class Sweep:
             if (save := SaveId.parse(name)) and save <= self._current:
                 self._backend.remove(path)
 
-    def _drop_manifests(self, keep: int) -> None:
-        good, drop = 0, []
+    def sorted_out(self, keep: int) -> tuple[list[SaveId], list[SaveId]]:
+        """Recovery points that stay, and those that go. The newest `keep` that the newest one went through stay, as many of what rollbacks
+        left behind among them, all among them that cannot be read, and the pinned ones."""
+        stay, go, num_on, num_left = list[SaveId](), list[SaveId](), 0, 0
         pinned = self._pins.kept()
-        way: tuple[SaveId, ...] = ()  # of the newest; what a rollback left behind repairs nothing, so it does not count
+        way: tuple[SaveId, ...] = ()  # of the newest that can be read
         for save in self._points.saves():
-            if good >= keep and save not in pinned:
-                drop.append(save)
-            if (needs := self._needs_of(save)) is not None:
-                way = way or needs.way
-                good += is_on(way, save)
+            needs = self._needs_of(save)
+            way = way or (needs.way if needs else ())
+            is_left = needs is not None and not is_on(way, save)
+            stays = save in pinned or (num_on < keep and (num_left < keep or not is_left))
+            (stay if stays else go).append(save)
+            num_left += is_left
+            num_on += needs is not None and not is_left
+        return stay, go
+
+    def _drop_manifests(self, keep: int) -> None:
+        _, drop = self.sorted_out(keep)
         if not drop:
             return
         self._say(INTENT, {"manifests": [str(save) for save in drop]})

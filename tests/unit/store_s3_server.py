@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from moto.core.models import DEFAULT_ACCOUNT_ID
 from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
@@ -20,6 +20,7 @@ class Faults:
 
     def __init__(self, server: Application) -> None:
         self._server = server
+        self._conditional = threading.Lock()
         self.requests: list[tuple[str, str, str | None]] = []
         self.instead: list[tuple[Callable[[Request], bool], int]] = []
         self.lost: list[Callable[[Request], bool]] = []
@@ -34,7 +35,8 @@ class Faults:
             return self._say(rule[1], start)
         lost = [applies for applies in self.lost if applies(request)]
         if not lost:
-            return self._server(environment, start)
+            with self._conditional if request.headers.get("If-None-Match") else nullcontext():  # it looks first and writes then
+                return self._server(environment, start)
         self.lost.remove(lost[0])
         list(self._server(environment, lambda *ignored: None))
         self.hold.wait(60)

@@ -31,7 +31,7 @@ def larger_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def small_node(monkeypatch: pytest.MonkeyPatch, room: int) -> LocalNode:
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: room)
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.possible_bytes", lambda folders: room)
     return LocalNode(room=room)
 
 
@@ -99,7 +99,7 @@ def test_every_save_is_committed_in_whatever_room_holds_one_copy(tmp_path, monke
 def test_two_nodes_settle_on_copies_that_fit_on_both(tmp_path, monkeypatch, mode, states, ep):
     """What ranks copy is cut into whole experts, so that one node may get more than half; what does not fit once is not tried for ever."""
     room = int(states * WHOLE / 2 * (1.2 if mode == "weights16" else 1.0))
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: room)
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.possible_bytes", lambda folders: room)
     nodes = [LocalNode(room=room) for _ in range(2)]
     job = Job(tmp_path, 2, ep, nodes=nodes, mode=mode, agent=AgentConfig(partner=False))
     job.load()
@@ -115,7 +115,7 @@ def test_two_nodes_settle_on_copies_that_fit_on_both(tmp_path, monkeypatch, mode
 def test_a_copy_for_which_there_was_no_room_is_followed_by_smaller_ones(tmp_path, monkeypatch):
     """The room was counted as twice what there is: the next copy takes the place of the first, then they hold half the experts."""
     node = LocalNode(room=int(1.7 * WHOLE))
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: 4 * WHOLE)
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.possible_bytes", lambda folders: 4 * WHOLE)
     job = Job(tmp_path, 1, 1, nodes=[node])
     job.load()
     assert [job.save(step)[0].committed for step in range(1, 9)] == [True, False, True, True, True, True, True, True]
@@ -297,7 +297,7 @@ def test_two_faults_before_the_first_checkpoint_lose_nothing_that_was_copied(tmp
 def test_copies_of_another_node_give_way_to_the_own_ones(tmp_path, monkeypatch):
     """Node 0 has room for two copies of its own and less; what node 1 sends there is taken while it fits."""
     share_bytes = WHOLE // 2
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: int(2.3 * share_bytes))
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.possible_bytes", lambda folders: int(2.3 * share_bytes))
     job = Job(tmp_path, 2, 2, nodes=[LocalNode(room=int(2.3 * share_bytes)) for _ in range(2)])
     job.load()
     here, there = (node.agent for node in job.nodes)
@@ -348,7 +348,7 @@ def test_an_outage_of_the_store_leaves_no_memory_behind(tmp_path, monkeypatch):
 
 
 def test_no_room_is_said_before_training(tmp_path, monkeypatch):
-    monkeypatch.setattr("moetrain.checkpoint.process.possible_bytes", lambda folders: 1000)
+    monkeypatch.setattr("moetrain.checkpoint.node_memory.possible_bytes", lambda folders: 1000)
     with pytest.raises(CheckpointError, match="fits nowhere"):
         Job(tmp_path, 2, 2).load()
 

@@ -7,7 +7,7 @@ import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.store.io import Io
-from moetrain.store.objects import CheckpointFolder
+from moetrain.store.objects import CheckpointFolder, Superseded
 from tests.unit.checkpoint_kit import Job, LocalNode, assert_equal, expected, flip, manifests
 
 
@@ -150,3 +150,23 @@ def test_a_damaged_claim_costs_no_copy_and_no_commit(tmp_path):
     report, _ = Job(tmp_path / "run", 1, 1, nodes=job.nodes).load()
     assert report is not None
     assert (report.step, report.is_from_memory) == (6, True)
+
+
+@pytest.mark.parametrize("act", ["copies", "ends"])
+def test_an_older_job_that_comes_back_leaves_the_memory_to_the_run_that_has_the_folder(tmp_path, act):
+    folder, node = tmp_path / "run", LocalNode()
+    older = started(folder, [node])
+    for lane in ("copy", "persist"):
+        older.ranks[0]._memory._drop(lane)  # as when its agent was stopped
+    shutil.rmtree(folder)
+    younger = started(folder, [node])
+    if act == "ends":
+        older.ranks[0].finish()
+    else:
+        older.copy(7)
+        pending = older.ranks[0]._pending
+        assert pending is not None
+        assert isinstance(pending.error, Superseded)
+    assert not node.agent.has_taken_leave
+    assert younger.save(6)[0].committed
+    assert_goes_on_from(younger, 6)

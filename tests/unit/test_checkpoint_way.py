@@ -1,17 +1,21 @@
 """Which recovery points a run has gone through: what others hold is of another course, and repairs and completes nothing."""
 
 import errno
+import json
 from pathlib import Path
 
 import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.config import CheckpointConfig
+from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.recover import agreed_choice
 from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.store.backend import FolderBackend
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
+from moetrain.store.manifest import seal, unseal
+from moetrain.store.objects import CheckpointFolder
 from tests.unit.checkpoint_kit import (
     BANKS,
     NUM_EXPERTS,
@@ -231,12 +235,55 @@ def test_a_folder_that_goes_away_while_it_is_read_is_no_fresh_start(tmp_path, mo
         job.load()
 
 
+def without_ancestors(folder: Path) -> None:
+    """Manifests as they were before they named ancestors."""
+    for path in (folder / "manifests").glob("*.json"):
+        found = unseal(path.read_bytes(), str(path))
+        del found["ancestors"]
+        path.write_bytes(seal(json.dumps(found).encode()))
+
+
+def test_manifests_that_name_no_ancestors_are_repaired_from_their_parents(tmp_path):
+    for step in (1, 2, 3):
+        job = counting(tmp_path)
+        job.load()
+        train(job, 1).save(step)
+    newest = manifests(tmp_path)[0]
+    group = next(group for group, step in experts_by_step(newest).items() if step == 3)
+    hurt(tmp_path, f"{group[0]}.{group[1]}.")
+    without_ancestors(tmp_path)
+    report, whole = counting(tmp_path).load()
+    assert report is not None
+    assert_equal(whole, expected(3, experts_by_step(newest) | {group: experts_by_step(manifests(tmp_path)[1])[group]}))
+
+
+def test_copies_of_an_agent_that_knew_no_ancestors_are_read(tmp_path, monkeypatch):
+    node = LocalNode()
+    job = counting(tmp_path, nodes=[node])
+    job.load()
+    train(job, 1).save(1)
+    train(job, 1).copy(2)
+    tell = SaveJob.to_json
+    monkeypatch.setattr(SaveJob, "to_json", lambda job: {key: value for key, value in tell(job).items() if key not in ("ancestors", "run")})
+    _, whole = counting(tmp_path, nodes=[node]).load()
+    assert_equal(whole, expected(2))
+
+
+def test_starts_that_each_begin_anew_do_not_fill_the_folder(tmp_path):
+    for step in range(1, 8):
+        job = counting(tmp_path, keep=2)
+        job.load("never")
+        train(job, 1).save(step)
+    assert [point.step for point in manifests(tmp_path)] == [7, 6, 5]
+    assert CheckpointFolder(tmp_path, Io()).sorted_out(2)[1] == []
+
+
 class Late(FolderBackend):
     """A server that carries out the creation of one manifest after its client gave up: when that removes what was written, or then."""
 
     def __init__(self) -> None:
         super().__init__(Io())
-        self.is_armed = False
+        self.is_armed = self.is_blind = self.blinds = False  # `blinds`: the look after it fails too
         self.waiting: tuple[Path, bytes] | None = None
         tree = self.remove_tree
 
@@ -246,9 +293,19 @@ class Late(FolderBackend):
 
         self.remove_tree = remove_tree
 
+        exists = self.exists
+
+        def look(path: Path) -> bool:
+            if self.is_blind:
+                self.is_blind = False
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return exists(path)
+
+        self.exists = look
+
     def create(self, path: Path, data: bytes) -> None:
         if self.is_armed and path.parent.name == "manifests":
-            self.is_armed, self.waiting = False, (path, data)
+            self.is_armed, self.is_blind, self.waiting = False, self.blinds, (path, data)
             raise OSError(errno.ETIMEDOUT, "Connection timed out", str(path))
         super().create(path, data)
 
@@ -258,8 +315,10 @@ class Late(FolderBackend):
             super().create(*waiting)
 
 
-def test_a_manifest_that_appears_after_its_save_was_given_up_is_whole(tmp_path, monkeypatch):
+@pytest.mark.parametrize("blinds", [False, True])
+def test_a_manifest_that_appears_after_its_save_was_given_up_is_whole(tmp_path, monkeypatch, blinds):
     node, backend = LocalNode(), Late()
+    backend.blinds = blinds
     monkeypatch.setattr(node.agent, "io", backend)
     job = Job(tmp_path, 1, 1, nodes=[node], experts_per_save=2, keep=1)
     job.save(1)

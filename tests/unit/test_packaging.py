@@ -170,7 +170,7 @@ def test_make_test_runs_every_cpu_test_and_holds_them_against_the_coverage_page(
     make(clone, "setup")
     commands(clone)
     assert make(clone, "test").returncode == 0
-    session = "python -m pytest -n 2 --dist worksteal -m not gpu and not slow --coverage-map=docs/coverage.md tests"
+    session = "python -m pytest -n 3 --dist worksteal -m not gpu and not slow --coverage-map=docs/coverage.md tests"
     assert commands(clone) == [session, "OMP_NUM_THREADS=1", "PYTHONHASHSEED=0"]
 
 
