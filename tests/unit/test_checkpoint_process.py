@@ -191,6 +191,16 @@ def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
         assert not any(map(any, views))
 
 
+def test_a_slot_whose_rank_hung_up_keeps_its_pages_for_what_that_still_writes():
+    node = LocalNode(room=4 * PAGE)
+    memory = NodeMemory(node, 0, 1, SystemClock())
+    (left,) = memory.reserve(SaveId(1, 1), Needs(), [4 * PAGE]).values()
+    left[:4] = b"half"
+    memory._drop("copy")  # while it copies
+    memory.reserve(SaveId(1, 2), Needs(), [2 * PAGE])
+    assert left[:4] == b"half"
+
+
 def test_who_still_waits_for_the_partner_does_not_join_again_after_the_leave():
     node = LocalNode()
     memory = NodeMemory(node, 0, 1, SystemClock())

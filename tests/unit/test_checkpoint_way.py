@@ -9,6 +9,7 @@ import pytest
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.job import SaveJob
+from moetrain.checkpoint.prune import check_rest
 from moetrain.checkpoint.recover import agreed_choice
 from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.store.backend import FolderBackend
@@ -276,6 +277,16 @@ def test_starts_that_each_begin_anew_do_not_fill_the_folder(tmp_path):
         train(job, 1).save(step)
     assert [point.step for point in manifests(tmp_path)] == [7, 6, 5]
     assert CheckpointFolder(tmp_path, Io()).sorted_out(2)[1] == []
+
+
+def test_a_prune_looks_at_what_a_sweep_would_leave(tmp_path):
+    job = rolled_back(tmp_path, LocalNode(), "dense.")
+    train(job, 1).save(11, full=True)
+    hurt(tmp_path, "dense.")
+    damage = check_rest(CheckpointFolder(tmp_path, Io()), keep=2)  # that of step 10 stays, and is good
+    assert len(damage) == 2
+    with pytest.raises(CheckpointError, match="Nothing was removed"):
+        check_rest(CheckpointFolder(tmp_path, Io()), keep=1)
 
 
 class Late(FolderBackend):
