@@ -143,7 +143,9 @@ class NodeMemory:
             found = self._answer(lane, request, limit_seconds, start)
         return _accepted(found)
 
-    def _answer(self, lane: str, request: dict, limit_seconds: float, start: bool = True, silence_seconds: float = inf) -> dict:
+    def _answer(
+        self, lane: str, request: dict, limit_seconds: float, start: bool = True, silence_seconds: float = inf, retries: int = 1
+    ) -> dict:
         was_open = lane in self._links
         try:
             link = self._links.get(lane) or self._open(lane, start, silence_seconds)
@@ -157,7 +159,9 @@ class NodeMemory:
         except OSError as error:
             self._drop(lane)
             if was_open:  # it ended since: another one takes over what it had, and knows when that is not enough
-                return self._answer(lane, request, limit_seconds, start, silence_seconds)
+                return self._answer(lane, request, limit_seconds, start, silence_seconds, retries)
+            if retries and isinstance(error, ConnectionError):  # it was about to end, and let nobody in any more
+                return self._answer(lane, request, limit_seconds, start, silence_seconds, retries - 1)
             raise AgentDied(f"the agent of this node ended ({error.strerror})") from error
 
     def _open(self, lane: str, start: bool, silence_seconds: float) -> Link:

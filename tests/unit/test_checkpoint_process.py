@@ -1,5 +1,6 @@
 """A rank and the agent of its node: what is waited for, and for how long. Sockets and clocks, no processes."""
 
+import errno
 import mmap
 import os
 import socket
@@ -22,7 +23,7 @@ from moetrain.checkpoint.wire import receive, send
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
 from tests.clock import FakeClock
-from tests.unit.checkpoint_kit import LocalNode
+from tests.unit.checkpoint_kit import LocalLink, LocalNode
 
 PAGE = mmap.PAGESIZE
 
@@ -189,6 +190,31 @@ def test_a_slot_that_makes_room_gives_its_pages_back_although_they_are_mapped():
         views = list(map(memoryview, maps.values()))
         memory.reserve(SaveId(1, 4), Needs(), [10 * PAGE])
         assert not any(map(any, views))
+
+
+class Leaving(LocalNode):
+    """A node whose agent ends while a rank connects, so many times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        self.times = times
+
+    def __call__(self, start: bool) -> LocalLink:
+        link = super().__call__(start)
+        if self.times:
+            self.times -= 1
+            link.call = reset
+        return link
+
+
+def reset(request: dict, limit_seconds: float, silence_seconds: float = inf) -> dict:
+    raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+
+def test_an_agent_that_is_about_to_end_is_followed_by_another_one():
+    assert NodeMemory(Leaving(1), 0, 1, SystemClock()).reserve(SaveId(1, 1), Needs(), []) == {}
+    with pytest.raises(AgentDied, match="reset by peer"):
+        NodeMemory(Leaving(2), 0, 1, SystemClock()).reserve(SaveId(1, 1), Needs(), [])
 
 
 def test_a_slot_whose_rank_hung_up_keeps_its_pages_for_what_that_still_writes():
