@@ -37,8 +37,8 @@ class Shelf:
         own_folder(path.parent)
         draft = path.with_name(f".{path.name}")
         draft.write_bytes(generation.to_bytes())
-        self._forget(generation.key)
         draft.rename(path)
+        self._forget(generation.key)
         self.generations[generation.key] = generation
         self.arena.hold(self._slots(generation), State.READY)
 

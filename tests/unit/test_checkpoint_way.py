@@ -45,6 +45,16 @@ def train(job: Job, steps: int) -> Job:
     return job
 
 
+def copied(folder: Path, node: LocalNode, last: int, **options) -> Job:
+    """A job that has saved step 1 and copied one expert of a layer, in turn, at every step up to `last`."""
+    job = counting(folder, nodes=[node], snapshot_experts=1, **options)
+    job.load()
+    train(job, 1).save(1)
+    for step in range(2, last + 1):
+        train(job, 1).copy(step)
+    return job
+
+
 def lost(job: Job) -> list[list[int]]:
     return list(job.ranks[0]._ledger.lost.values())
 
@@ -137,11 +147,7 @@ def test_what_a_rollback_left_behind_is_not_counted_among_those_that_are_kept(tm
 
 def test_a_copy_never_takes_an_older_expert_than_the_checkpoint_below_it(tmp_path, monkeypatch):
     node = LocalNode()
-    job = counting(tmp_path, nodes=[node], snapshot_experts=1)
-    job.load()
-    train(job, 1).save(1)
-    for step in range(2, 8):
-        train(job, 1).copy(step)
+    job = copied(tmp_path, node, 7)
     train(job, 1).save(8)
     accord = job.ranks[0]._copying._accord
     known = accord.is_complete
@@ -164,11 +170,7 @@ def test_a_copy_never_takes_an_older_expert_than_the_checkpoint_below_it(tmp_pat
 @pytest.mark.parametrize("mode", ["experts", "moments", "weights16"])
 def test_the_ledger_of_a_copy_says_what_it_holds_when_a_part_of_an_older_one_is_gone(tmp_path, mode):
     node = LocalNode()
-    job = counting(tmp_path, nodes=[node], snapshot_experts=1, mode=mode)
-    job.load()
-    train(job, 1).save(1)
-    for step in range(2, 11):
-        train(job, 1).copy(step)
+    copied(tmp_path, node, 10, mode=mode)
     flip(sorted((node.folder / "generations").glob("*.json"))[1], 50)
     node.start()
     again = counting(tmp_path, nodes=[node], snapshot_experts=1, mode=mode)
@@ -182,11 +184,7 @@ def test_the_ledger_of_a_copy_says_what_it_holds_when_a_part_of_an_older_one_is_
 
 def test_a_copy_that_cannot_be_made_smaller_is_kept_as_it_is(tmp_path, monkeypatch):
     node = LocalNode()
-    job = counting(tmp_path, nodes=[node], snapshot_experts=1)
-    job.load()
-    train(job, 1).save(1)
-    for step in range(2, 10):
-        train(job, 1).copy(step)
+    job = copied(tmp_path, node, 9)
     before = {key: one.held.keys() for key, one in node.agent.generations.items()}
     whole = Path.write_bytes
 
