@@ -145,20 +145,20 @@ def _groups(selection: Selection) -> set[Group]:
 def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:
     """The recovery points that lie in memory, newest first: those of which every rank's part is there.
 
-    Experts that a generation left out come from older generations of the same job or from the manifest on disk that it goes on from, each
-    at its newest step, and the ledger says what these hold.
+    Experts that a generation left out come from older generations of the same job or from the manifest on disk below it, each at its
+    newest step, and the ledger says what these hold. A part that several nodes have counts once, the fullest of them.
     """
     by_save: dict[SaveId, dict[int, Generation]] = defaultdict(dict)
-    for one in generations:
-        by_save[one.save].setdefault(one.job.rank, one)
+    for one in sorted(generations, key=lambda one: len(one.held)):
+        by_save[one.save][one.job.rank] = one
     points = []
     for save, parts in sorted(by_save.items(), reverse=True):
         first = parts.get(0)  # which knows the parent
         if first is None or len(parts) != first.job.world or any(one.is_trimmed for one in parts.values()):
             continue
-        older = [one for one in generations if one.save < save and one.save.epoch == save.epoch]
+        older = {before: list(its.values()) for before, its in by_save.items() if before < save and before.epoch == save.epoch}
         try:
-            found = _older(first.job, older, disk.get(first.job.parent) if first.job.parent else None)
+            found = _older(first.job, older, _below(first.job, disk))
             point = merge(first.job, [parts[rank].receipt for rank in sorted(parts)], found.manifest, first.time)
             points.append(replace(point, ledger=_ledger(point, found)))
         except CheckpointError:
@@ -174,8 +174,14 @@ class _Older:
     ledgers: dict[str, dict]
 
 
-def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> _Older:
-    """Every expert at its newest step, whole, in memory or on disk."""
+def _below(job: SaveJob, disk: dict[SaveId, Manifest]) -> Manifest | None:
+    """The newest checkpoint that the save went through: its parent, or one of its job that was still being written when it was made."""
+    found = max((save for save in disk if save <= job.save and save.epoch == job.save.epoch), default=job.parent)
+    return disk.get(found) if found else None
+
+
+def _older(job: SaveJob, older: dict[SaveId, list[Generation]], disk: Manifest | None) -> _Older:
+    """Every expert at its newest step, whole, in memory (parts by save) or on disk."""
     found = _Older(_empty(job), {})
     if job.selection is None:
         return found
@@ -184,8 +190,7 @@ def _older(job: SaveJob, older: list[Generation], disk: Manifest | None) -> _Old
         tensors |= disk.tensors
         objects |= disk.objects
         ledgers |= dict.fromkeys(disk.objects, disk.ledger)
-    for save in sorted({one.save for one in older}):
-        parts = [one for one in older if one.save == save]
+    for _, parts in sorted(older.items()):
         new = {record.name: record for one in parts for record in one.receipt.objects}
         written: dict[Group, list[Tensor]] = defaultdict(list)
         for tensor, pieces in collect(one.receipt for one in parts).values():

@@ -9,7 +9,7 @@ from threading import Event, Thread
 
 from moetrain.checkpoint.arena import Slot
 from moetrain.checkpoint.generation import Generation, Key
-from moetrain.checkpoint.wire import Address, exchange
+from moetrain.checkpoint.wire import Address, Refused, exchange
 from moetrain.store.manifest import SaveId
 
 LIMIT_SECONDS = 30.0  # for one object
@@ -90,7 +90,10 @@ class Partner:
         if self._connection is None:
             self._connection = socket.create_connection((self.address.host, self.address.port), LIMIT_SECONDS)
             self._connection.settimeout(LIMIT_SECONDS)
-        return exchange(self._connection, header | {"token": self.address.token}, raw)[0]
+        found = exchange(self._connection, header | {"token": self.address.token}, raw)[0]
+        if "superseded" in found:
+            raise Refused(found["superseded"])
+        return found
 
     def _hang_up(self) -> None:
         if self._connection is not None:

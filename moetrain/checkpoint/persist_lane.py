@@ -128,6 +128,8 @@ class PersistLane:
                 self._folder.give_up(save, reason)
             else:
                 self._folder.put_receipt(save, self._rank, Receipt(self._rank, 0, None, [], [], reason).to_json())
+        except FileExistsError:  # its agent had handed one in
+            pass
         except OSError as error:
             logger("checkpoint").warning(f"The checkpoint folder {self._folder.path} cannot be written: {error.strerror}.")
 

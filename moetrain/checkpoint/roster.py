@@ -46,12 +46,17 @@ class Roster:
         """What lies in the memory of all nodes of this job. Agents that an earlier start left are asked; none is started for it."""
         if at not in ("auto", "must"):
             return Memory([], None)
-        own = self._memory.list()
-        answers = together(lambda: own, self._gather)
+        own: list[dict | None] = []
+
+        def listed() -> dict | None:
+            own.append(self._memory.list())
+            return own[0]
+
+        answers = together(listed, self._gather)
         if len(answers) != self.world:  # a `gather` that brings rank 0's answer only
-            answers = [own]
+            answers = own
         lists = {found["folder"] + str(found["address"]): found for found in answers if isinstance(found, dict)}
-        return Memory(list(lists.values()), own)
+        return Memory(list(lists.values()), own[0])
 
     def _meet(self, state: ModelState) -> None:
         """Every rank learns who holds what, so that from now on all divide a save alike without asking."""

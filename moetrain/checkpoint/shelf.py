@@ -36,8 +36,11 @@ class Shelf:
         path = self._description(generation.key)
         own_folder(path.parent)
         draft = path.with_name(f".{path.name}")
-        draft.write_bytes(generation.to_bytes())
-        draft.rename(path)
+        try:
+            draft.write_bytes(generation.to_bytes())
+            draft.rename(path)
+        finally:
+            draft.unlink(missing_ok=True)
         self._forget(generation.key)
         self.generations[generation.key] = generation
         self.arena.hold(self._slots(generation), State.READY)

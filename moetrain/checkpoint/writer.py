@@ -1,6 +1,5 @@
 """What an agent does with a rank's part of a save: objects and a receipt; rank 0's also commits. Imports no torch."""
 
-import errno
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -16,6 +15,7 @@ from moetrain.checkpoint.gate import Gate
 from moetrain.checkpoint.job import Receipt, Reply, SaveJob
 from moetrain.checkpoint.merge import merge
 from moetrain.checkpoint.plan import ObjectPlan
+from moetrain.store.backend import NoAnswer
 from moetrain.store.encode import Encoded, checksums, encode, stored_dtype
 from moetrain.store.io import Io
 from moetrain.store.manifest import FORMAT, Manifest, ObjectRecord, SaveId, Tensor
@@ -24,7 +24,6 @@ from moetrain.store.objects import CheckpointFolder, Superseded
 ORPHAN_SECONDS = 5.0  # how long rank 0's agent still waits for news when its rank is dead,
 ORPHAN_BUSY_SECONDS = 20.0  # and how long when every rank without a receipt has begun to write
 POLLS_PER_WAIT = 20  # a receipt is seen at most a twentieth later than it comes
-FULL = (errno.ENOSPC, errno.EDQUOT)
 
 Alive = Callable[[], bool]
 
@@ -138,9 +137,7 @@ def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, cloc
         folder.commit(manifest)
     except OSError as error:
         if not _is_there(job.save, folder):
-            if error.errno in FULL:
-                raise
-            raise Unsure(str(error)) from error
+            raise Unsure(str(error)) if isinstance(error, NoAnswer) else error from error
     return manifest  # an error after the name appeared, as of the last fsync, undoes nothing
 
 

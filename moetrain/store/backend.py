@@ -14,7 +14,12 @@ Item = tuple[str, Sequence[tuple[str, Sequence[Buffer]]]]
 """One member of a group: its name, and the names and contents of its files."""
 
 S3_SCHEME = "s3:"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 WRITERS = 8  # threads: what an object loses by waiting for its syncs, another one writes meanwhile
+
+
+class NoAnswer(OSError):
+    """Nobody knows whether it was done, or will be."""
 
 
 class Backend(Protocol):
@@ -35,8 +40,8 @@ class Backend(Protocol):
         ...
 
     def create(self, path: Path, data: bytes) -> None:
-        """A small file that is whole and durable from its first moment. FileExistsError when the name is taken by anyone else.
-        On a file system its folder is made, but not the one above."""
+        """A small file that is whole and durable from its first moment. FileExistsError when the name is taken by anyone else, NoAnswer
+        when the file may appear yet. On a file system its folder is made, but not the one above."""
         ...
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
@@ -137,6 +142,8 @@ class FolderBackend:
         except FileExistsError:
             if self.io.num_links(source) != 2:  # a network file system may do it, lose the answer, and be asked again
                 raise
+        except OSError as error:
+            raise error if error.errno in FULL else NoAnswer(error.errno, error.strerror, str(target)) from error
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
         part = group.with_name(f"{group.name}.part")

@@ -232,8 +232,9 @@ class CheckpointFolder:
 
     def gaps(self) -> list[SaveId]:
         """Recovery points that somebody removed: a younger one was built on each, and older ones, which a sweep would have taken first,
-        are still there."""
+        are still there. Of what rollbacks left behind a sweep may have taken any."""
         points = [point for point in self.history() if isinstance(point, Manifest)]
+        points = [point for point in points if points[0].went_through(point.save)]
         unpinned = set(self.saves()) - set(self.pins().values())
         parents = {point.parent for point in points if point.parent} - set(self.saves())
         return sorted((parent for parent in parents if any(save < parent for save in unpinned)), reverse=True)

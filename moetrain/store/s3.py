@@ -16,7 +16,7 @@ from threading import Lock
 from typing import Self
 
 from moetrain.base.errors import CheckpointError, MissingExtraError
-from moetrain.store.backend import WRITERS, Item, not_found
+from moetrain.store.backend import WRITERS, Item, NoAnswer, not_found
 from moetrain.store.io import Buffer
 
 try:
@@ -69,6 +69,7 @@ class S3Backend:
 
     def create(self, path: Path, data: bytes) -> None:
         """After an answer that was lost (a time-out, a 412 or 409 to a repeated request) the name may be taken by our own bytes."""
+        is_unsure = False
         for attempt in range(ATTEMPTS):
             try:
                 obstore.put(self._store, _key(path), data, mode="create", use_multipart=False)
@@ -79,8 +80,10 @@ class S3Backend:
                     return
                 if found is not None:
                     raise FileExistsError(errno.EEXIST, "File exists", str(path)) from error
+                is_unsure |= not isinstance(error, REFUSED)
                 if attempt == ATTEMPTS - 1 or isinstance(error, REFUSED):  # a 409 (two requests met) comes as AlreadyExistsError too
-                    raise _os_error(error, path) from error
+                    failed = _os_error(error, path)
+                    raise NoAnswer(failed.errno, failed.strerror, str(path)) if is_unsure else failed from error
             self._sleep(0.1 * 4**attempt)
 
     def _read_or_none(self, path: Path) -> bytes | None:

@@ -1,6 +1,8 @@
 """Copies in the memory of nodes: what they bring back, what they leave to the disk, and how they are given up. Agents in this process."""
 
+import errno
 import json
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +10,14 @@ import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import State, arena_folder, own_folder
+from moetrain.checkpoint.generation import points_in_memory
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.node_memory import Needs
 from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.recover import LoadReport, agreed_choice
 from moetrain.checkpoint.shelf import GENERATIONS
+from moetrain.store.io import Io
 from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, flip, manifests, objects_of
 
 
@@ -268,6 +272,64 @@ def test_copies_of_some_experts_take_the_others_from_older_copies(tmp_path, shar
         bank: list(range(NUM_EXPERTS)) for bank in BANKS
     }
     assert_equal(whole, expected(last, {group: last - age for group, age in report.ages.items()}))
+
+
+def test_what_two_nodes_have_counts_once_and_the_fuller_part_of_two(tmp_path):
+    """A partner lists what its owner lists too; what is left of an older copy need not be the same on both."""
+    job = Job(tmp_path, 2, 2, sharded=True, nodes=nodes_of(2), snapshot_experts=1)
+    job.load()
+    job.save(1)
+    for step in range(2, 2 + 2 * NUM_EXPERTS):
+        job.copy(step)
+    own = [one for node in job.nodes for one in node.agent.generations.values()]
+    copies = [replace(one, is_copy=True) for one in own]
+    for listed in (own + copies, [one.only(set()) for one in own] + copies, copies + [one.only(set()) for one in own]):
+        (wanted, *_), (found, *_) = points_in_memory(own, {}), points_in_memory(listed, {})
+        assert (found.step, found.ages()) == (1 + 2 * NUM_EXPERTS, wanted.ages())
+
+
+def test_a_copy_is_completed_from_a_checkpoint_that_was_being_written_when_it_was_made(tmp_path):
+    """Its commit swept the one that the copy named as its parent."""
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    job.nodes[0] = LocalNode()  # what is in memory is lost
+    job = Job(tmp_path, 1, 1, nodes=job.nodes, snapshot_experts=1, keep=1)
+    job.load()
+    job.copy(2)
+    may_go_on = threading.Event()
+
+    class Slow(Io):
+        def rename(self, source: Path, target: Path) -> None:
+            may_go_on.wait(30)
+            super().rename(source, target)
+
+    job.nodes[0].io = Slow()
+    (pending,) = job.start(3)
+    assert pending.safe.wait(30)
+    job.copy(4)
+    may_go_on.set()
+    assert pending.done.wait(30)
+    assert [point.step for point in manifests(tmp_path)] == [3]
+    report, whole = restart(job, snapshot_experts=1).load()
+    assert report is not None
+    assert (report.step, sorted(report.ages.values())) == (4, [0, 0, 1, 1, 2, 2, 3, 3])
+    assert_equal(whole, expected(4, {group: 4 - age for group, age in report.ages.items()}))
+
+
+def test_a_description_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+
+    def full(path: Path, data: bytes) -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", full)
+        job.copy(2)
+    assert [path.name for path in (job.nodes[0].folder / GENERATIONS).iterdir()] == ["000001-00000001-00000.json"]
+    job.copy(3)
+    assert_goes_on_from(job, 3)
 
 
 def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp_path):

@@ -12,7 +12,7 @@ from moetrain.checkpoint.job import SaveJob
 from moetrain.checkpoint.prune import check_rest
 from moetrain.checkpoint.recover import agreed_choice
 from moetrain.checkpoint.turns import Horizon, Turns
-from moetrain.store.backend import FolderBackend
+from moetrain.store.backend import FolderBackend, NoAnswer
 from moetrain.store.encode import ArrayReader
 from moetrain.store.io import Io
 from moetrain.store.manifest import seal, unseal
@@ -315,7 +315,7 @@ class Late(FolderBackend):
     def create(self, path: Path, data: bytes) -> None:
         if self.is_armed and path.parent.name == "manifests":
             self.is_armed, self.is_blind, self.waiting = False, self.blinds, (path, data)
-            raise OSError(errno.ETIMEDOUT, "Connection timed out", str(path))
+            raise NoAnswer(errno.ETIMEDOUT, "Connection timed out", str(path))
         super().create(path, data)
 
     def catch_up(self) -> None:
