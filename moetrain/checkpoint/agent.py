@@ -149,10 +149,12 @@ class Agent:
                 if self._partner is not None:
                     self._partner.keep(request["rank"], keep, save, request["alone"])
             except NoRoom as error:
-                about = {"is_passing": error.is_passing, "is_empty": not self.generations}
-                return {"full": error.message, "hint": error.hint} | about, b""
+                return self._full(error), b""
             session.filling |= {slot.path: slot for slot in slots}
         return {"slots": [slot.path for slot in slots]}, b""
+
+    def _full(self, error: NoRoom) -> dict:
+        return {"full": error.message, "hint": error.hint, "is_passing": error.is_passing, "is_empty": not self.generations}
 
     def _forget_jobs(self, rank: int, writing: set[SaveId]) -> None:
         """Lets go of what would have been written for saves that their rank has given up."""
@@ -168,7 +170,10 @@ class Agent:
         job, generation = sealed(job, share, slots, self._clock.now())
         with self._lock:
             self._check_job(job.run, job.save.epoch)
-            self.shelf.put(generation)
+            try:
+                self.shelf.put(generation)
+            except NoRoom as error:
+                return self._full(error), b""
             self._filled_up(session, slots)
             if job.objects:  # held until `persist` is over, whatever becomes of the generation
                 self._jobs[generation.key] = job, slots[: len(job.objects)]

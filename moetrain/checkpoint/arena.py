@@ -19,6 +19,7 @@ from moetrain.store.backend import is_s3
 
 SHARED_MEMORY = Path("/dev/shm")
 SLOTS = "slots"
+DESCRIPTION_BYTES = 1 << 20  # kept free for what says what lies in slots, or a 128th of the file system
 
 
 class State(Enum):
@@ -56,11 +57,12 @@ def own_folder(path: Path) -> Path:
 
 
 def free_bytes(folder: Path) -> int:
-    """Bytes that can still be written there, once the folder is made. What lies on shared memory must fit the machine's too."""
+    """Bytes that slots can still have there, once the folder is made: less what their descriptions may take. What lies on shared memory
+    must fit the machine's too."""
     while not folder.exists():
         folder = folder.parent
     found = os.statvfs(folder)
-    room = found.f_bavail * found.f_frsize
+    room = max(0, found.f_bavail * found.f_frsize - max(DESCRIPTION_BYTES, found.f_blocks * found.f_frsize // 128))
     return min(room, available_memory()) if folder.is_relative_to(SHARED_MEMORY) else room
 
 
@@ -177,6 +179,13 @@ class Arena:
                 for name in os.listdir(folder):
                     if str(folder / name) not in self.slots:
                         (folder / name).unlink()
+
+    def trim(self) -> bool:
+        """Gives the memory of free slots back; whether there were any."""
+        free = [slot for slot in self.slots.values() if slot.state is State.FREE]
+        for slot in free:
+            self._remove(slot)
+        return bool(free)
 
     def room(self) -> int:
         """Bytes that could be reserved now."""

@@ -134,7 +134,13 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
         damage.append(f"The {what} of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
     if not history:
         return None
-    raise CheckpointError(f"No checkpoint in {path} can be restored: {' '.join(damage)}", "Start anew with checkpoint.resume=never.")
+    raise CheckpointError(f"No checkpoint in {path} can be restored: {shortened(damage)}", "Start anew with checkpoint.resume=never.")
+
+
+def shortened(damage: list[str], most: int = 5) -> str:
+    """The first of many sentences, and how many more there are."""
+    more = [f"And {len(damage) - most} more like these; `moetrain checkpoint verify` names all."] if len(damage) > most else []
+    return " ".join([*damage[:most], *more])
 
 
 def repair(

@@ -1,5 +1,6 @@
 """What is checkpointed when, as configuration. No torch."""
 
+import re
 from dataclasses import dataclass, field
 
 from moetrain.base.errors import ConfigError, one_of
@@ -36,7 +37,7 @@ class CheckpointConfig:
     mode: str = "experts"  # what of an unselected expert is left out: experts (all) | weights16 (all but bfloat16 weights) | moments | full
     experts_per_save: int = 1  # K: experts per layer in one partial checkpoint; with plt_budget the fewest
     selection: str = "sequential"  # which experts: sequential | greedy (most unsaved tokens) | unsaved_age (unsaved tokens x age)
-    max_age_rounds: float = 2.2  # unsaved_age: no expert waits longer than this many rounds of E / K checkpoints
+    max_age_rounds: float = 2.2  # sequential, unsaved_age: no expert waits longer than this many rounds of E / K checkpoints
     plt_budget: float = 0.0  # share of all token assignments that recoveries may lose in the whole run: K rises and falls; 0 = K is fixed
     full_every: int = 0  # every n-th checkpoint is full; 0 = only the first and the last
     keep: int = 3  # newest recovery points kept; objects they refer to are kept with them
@@ -51,6 +52,8 @@ class CheckpointConfig:
 
     def check(self, key: str = "checkpoint") -> None:
         """Raises ConfigError at the first broken rule."""
+        if self.folder.startswith("s3:") and not re.match("s3://[^/]", self.folder):
+            raise ConfigError.of(f"{key}.folder", self.folder, "an object store is named s3://bucket or s3://bucket/prefix")
         one_of(f"{key}.mode", self.mode, MODES)
         one_of(f"{key}.selection", self.selection, SELECTIONS)
         one_of(f"{key}.interval", self.interval, INTERVALS)

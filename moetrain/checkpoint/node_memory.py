@@ -58,15 +58,13 @@ class NodeMemory:
     def reserve(self, save: SaveId, needs: Needs, sizes: Sequence[int]) -> dict[str, mmap.mmap]:
         """A slot for each size, by path, in order. Raises AgentDied, NoRoom, Superseded."""
         answer = self._copy({"op": "reserve", "save": save, "sizes": list(sizes)} | vars(needs))
-        if "full" in answer:
-            raise NoRoom(answer["full"], answer["hint"], answer["is_passing"], answer["is_empty"])
         self._maps = {path: memory for path, memory in self._maps.items() if os.path.exists(path)}
         maps = {path: self._maps.get(path) or map_slot(path) for path in answer["slots"]}
         self._maps |= maps
         return maps
 
     def filled(self, job: SaveJob, slots: Sequence[str]) -> None:
-        """The copy is complete; when this returns it outlives this process. Raises AgentDied."""
+        """The copy is complete; when this returns it outlives this process. Raises AgentDied, NoRoom for its description, Superseded."""
         self._copy({"op": "filled", "job": job.to_json(), "slots": list(slots)})
 
     def replicated(self, save: SaveId) -> tuple[bool, str]:
@@ -155,7 +153,7 @@ class NodeMemory:
             limits = f"{limit_seconds:g} s" + (f", or {silence_seconds:g} s without a sign of life" if silence_seconds < inf else "")
             raise AgentLate(f"the agent of this node took more than {limits}") from None
         except Refused as error:
-            raise AgentDied(f"the agent of this node: {error}") from error
+            raise AgentDied(f"the agent of this node: {str(error).removesuffix('.')}") from error
         except OSError as error:
             self._drop(lane)
             if was_open:  # it ended since: another one takes over what it had, and knows when that is not enough
@@ -189,4 +187,6 @@ class NodeMemory:
 def _accepted(found: dict) -> dict:
     if "superseded" in found:
         raise Superseded(found["superseded"], "Stop one of the two jobs, or give them different run names.")
+    if "full" in found:
+        raise NoRoom(found["full"], found["hint"], found["is_passing"], found["is_empty"])
     return found

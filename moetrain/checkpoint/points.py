@@ -1,6 +1,7 @@
 """The recovery point that somebody names by its number or a pin, and what is said of one that is not there. No torch."""
 
 from moetrain.base.errors import CheckpointError
+from moetrain.checkpoint.removed import missing
 from moetrain.store.manifest import Manifest
 from moetrain.store.objects import CheckpointFolder
 
@@ -49,6 +50,10 @@ def _newest(folder: CheckpointFolder) -> Manifest:
         damage.append(point.message)
     if damage:
         raise CheckpointError(f"No recovery point in {folder.path} can be read: {' '.join(damage)}", "Bring the files back from a copy.")
+    if gone := missing(folder):
+        raise CheckpointError(
+            f"There is no recovery point left in {folder.path}: {next(iter(gone.values()))}.", "Bring it back from a copy."
+        )
     raise CheckpointError(f"There is no recovery point in {folder.path} yet.", "The first save of the run makes one.")
 
 

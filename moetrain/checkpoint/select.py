@@ -28,7 +28,7 @@ class Waiting:
 
 
 def sequential(waiting: Waiting) -> list[int]:
-    """The oldest first: with a constant K the rotation of the paper (arXiv 2408.04307, sequential selection)."""
+    """The oldest first: with a constant K and even ranks the rotation of the paper (arXiv 2408.04307, sequential selection)."""
     return sorted(range(len(waiting.ages)), key=lambda e: (-waiting.ages[e], waiting.order(e)))
 
 

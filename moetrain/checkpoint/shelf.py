@@ -10,6 +10,7 @@ from pathlib import Path
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.arena import Arena, NoRoom, Slot, State, own_folder, slot_bytes
 from moetrain.checkpoint.generation import Generation, Key, needed
+from moetrain.store.backend import FULL
 from moetrain.store.manifest import SaveId
 
 GENERATIONS = "generations"  # the folder of descriptions
@@ -32,15 +33,16 @@ class Shelf:
         return ("", 0) if newest is None else (newest.job.run, newest.save.epoch)
 
     def put(self, generation: Generation) -> None:
-        """In the place of one with the same key. Its slots are the caller's to let go of. Raises OSError."""
-        path = self._description(generation.key)
-        own_folder(path.parent)
-        draft = path.with_name(f".{path.name}")
+        """In the place of one with the same key. Its slots are the caller's to let go of. Raises OSError, NoRoom for its description."""
+        description = generation.to_bytes()
         try:
-            draft.write_bytes(generation.to_bytes())
-            draft.rename(path)
-        finally:
-            draft.unlink(missing_ok=True)
+            self._describe(generation.key, description)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self.arena.trim():
+                raise self.arena.no_room(len(description)) from error
+            return self.put(generation)
         self._forget(generation.key)
         self.generations[generation.key] = generation
         self.arena.hold(self._slots(generation), State.READY)
@@ -57,7 +59,7 @@ class Shelf:
             if not names:
                 self.remove([key])
             elif names < generation.held.keys():
-                with suppress(OSError):  # it takes more memory than it has to
+                with suppress(OSError, NoRoom):  # it takes more memory than it has to
                     self.put(generation.only(names))
 
     def drop(self, rank: int, complete: SaveId | None, coming: SaveId) -> None:
@@ -91,6 +93,16 @@ class Shelf:
         if room < wanted:
             raise self.arena.no_room(wanted)
         self.remove(going)
+
+    def _describe(self, key: Key, description: bytes) -> None:
+        path = self._description(key)
+        own_folder(path.parent)
+        draft = path.with_name(f".{path.name}")
+        try:
+            draft.write_bytes(description)
+            draft.rename(path)
+        finally:
+            draft.unlink(missing_ok=True)
 
     def _forget(self, key: Key) -> None:
         if key in self.generations:

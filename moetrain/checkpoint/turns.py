@@ -101,12 +101,12 @@ class Turns:
             first = first_expert(index, layer, len(ledger.banks), num_experts, count)
             rankings[bank] = rule(Waiting(ledger.age[bank], unsaved[bank], first))
             selection[bank], forced[bank] = self._first_of(rankings[bank], ledger.age[bank], min(count, num_experts))
-        if homes is None or self._config.selection == "sequential":
-            return selection  # whose pattern is spread over the ranks by itself, and covers all experts in one rotation
+        if homes is None:
+            return selection
         return balanced(selection, forced, rankings, homes.of, homes.spread)
 
     def _first_of(self, ranking: list[int], ages: list[int], count: int) -> tuple[list[int], set[int]]:
-        if self._config.selection != "unsaved_age":  # the paper's rules have no limit
+        if self._config.selection == "greedy":  # the paper's has no limit
             return sorted(ranking[:count]), set()
         return first_of(ranking, ages, count, max_age(len(ages), count, self._config.max_age_rounds))
 

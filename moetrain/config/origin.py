@@ -13,19 +13,23 @@ from moetrain.store.io import Io
 from moetrain.store.objects import PLACE, CheckpointFolder, place_of, resolve
 
 JOB_FILE = "job.json"  # the job that started this run
-RECORDS = (PLACE, "metrics.jsonl", "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
+METRICS_FILE = "metrics.jsonl"
+RECORDS = (PLACE, METRICS_FILE, "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
 
 
 def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
     """What is restored: auto | must | never | a path. `resume` is checkpoint.resume.
 
     A path gives the first start only its values (a restart before the first checkpoint looks into the memory of the nodes first);
-    `never` holds for a job, not for each of its restarts.
+    `never` holds for a job, not for each of its restarts. Raises CheckpointError where the checkpoints of this run have gone.
     """
-    if resume in ("auto", "must"):
-        return resume
-    if resume == "never":
-        return "auto" if is_restart(folder, environment) else "never"
+    if resume == "never" and not is_restart(folder, environment):
+        return "never"
+    if not has_saves(folder) and has_committed(folder):
+        hint = "Mount or move them back and start again; checkpoint.resume=never starts anew."
+        raise CheckpointError(f"This run has committed checkpoints, and there is none left in {place_of(folder)}.", hint)
+    if resume in ("auto", "must", "never"):
+        return "must" if resume == "must" else "auto"
     return "auto" if has_saves(folder) else resume
 
 
@@ -41,6 +45,15 @@ def origin_run(at: str, folder: Path) -> Path | None:
 
 def has_saves(folder: Path) -> bool:
     return bool(CheckpointFolder(place_of(folder), Io()).saves())
+
+
+def has_committed(folder: Path) -> bool:
+    """Whether a run's records tell of a commit, wherever its checkpoints are now."""
+    try:
+        with (folder / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines:
+            return any('"checkpoint/bytes"' in line for line in lines)
+    except FileNotFoundError:
+        return False
 
 
 def settled_place(run: Path, wanted: str) -> str:

@@ -201,11 +201,12 @@ class Job:
             assert one.done.wait(100)
         return pending
 
-    def copy(self, version: int) -> None:
+    def copy(self, version: int) -> list[Pending]:
         """Into memory only, on every rank."""
         states = self.states(version)
         pending = [rank.save(state, {"step": version}, persists=False) for rank, state in zip(self.ranks, states, strict=True)]
         assert all(one.done.wait(60) for one in pending)
+        return pending
 
     def load(self, at: str = "auto", is_restart: bool = False) -> tuple[LoadReport | None, dict[str, torch.Tensor]]:
         """What rank 0 reports, and the whole tensors all ranks have afterwards."""

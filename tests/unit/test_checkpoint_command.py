@@ -107,6 +107,13 @@ def test_a_missing_recovery_point_and_a_damaged_one_are_told_apart(run_folder, s
     assert (status, text.startswith(f"Recovery point 2 cannot be used: {file}"), "There are seq 1, 2, 3." in text) == (2, True, True)
 
 
+def test_show_says_when_every_manifest_was_removed(run_folder, said):
+    for path in (run_folder / "checkpoint" / "manifests").iterdir():
+        path.unlink()
+    status, text = said("show", run_folder)
+    assert (status, "There is no recovery point left in" in text, "MISSING" in text) == (2, True, True)
+
+
 def test_a_pin_of_a_recovery_point_that_is_gone_is_named(run_folder, said):
     said("pin", run_folder, "best", "--seq", 1)
     (run_folder / "checkpoint" / "manifests" / f"{points(run_folder)[2].save}.json").unlink()

@@ -1,6 +1,7 @@
 """A damaged checkpoint at a load: what is taken from an older one, what is passed over, and how all ranks hear of it."""
 
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint import recover
-from moetrain.checkpoint.recover import together
+from moetrain.checkpoint.recover import agreed_choice, together
 from tests.unit.checkpoint_kit import BANKS, Job, assert_equal, expected, experts_by_step, flip, manifests, objects_of, state_of
 
 
@@ -125,3 +126,11 @@ def test_nothing_good_left_is_an_error_not_a_fresh_start(tmp_path):
     with pytest.raises(CheckpointError, match="can be restored") as caught:
         Job(tmp_path, 1, 1).load()
     assert "resume=never" in caught.value.hint
+
+
+def test_of_much_damage_the_first_sentences_are_told_and_the_rest_counted(tmp_path):
+    Job(tmp_path, 1, 1).save(1)
+    shutil.rmtree(tmp_path / "objects")
+    with pytest.raises(CheckpointError, match=r"And \d+ more like these; `moetrain checkpoint verify` names all\.") as error:
+        agreed_choice(tmp_path, "must")
+    assert error.value.message.count("objects") == 5

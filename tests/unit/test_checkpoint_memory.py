@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import State, arena_folder, own_folder
+from moetrain.checkpoint.arena import DESCRIPTION_BYTES, State, arena_folder, free_bytes, own_folder
 from moetrain.checkpoint.generation import points_in_memory
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
@@ -316,20 +317,42 @@ def test_a_copy_is_completed_from_a_checkpoint_that_was_being_written_when_it_wa
     assert_equal(whole, expected(4, {group: 4 - age for group, age in report.ages.items()}))
 
 
-def test_a_description_for_which_there_is_no_room_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize("has_spare", [False, True])
+def test_room_for_a_description_is_made_of_free_slots_or_the_save_finds_no_room(tmp_path, monkeypatch, has_spare):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
+    job.copy(2)
+    node = job.nodes[0]
+    if has_spare:
+        node.agent.arena.release(node.agent.arena.reserve([5000]), State.FILLING)
+    write = Path.write_bytes
 
-    def full(path: Path, data: bytes) -> None:
+    def full(path: Path, data: bytes) -> int:
+        if node.agent.arena.slots.keys() > held_by(node):  # something is free
+            path.touch()
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return write(path, data)
+
+    def never(path: Path, data: bytes) -> int:
         path.touch()
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full)
-        job.copy(2)
-    assert [path.name for path in (job.nodes[0].folder / GENERATIONS).iterdir()] == ["000001-00000001-00000.json"]
-    job.copy(3)
-    assert_goes_on_from(job, 3)
+        patched.setattr(Path, "write_bytes", full if has_spare else never)
+        (pending,) = job.copy(3)
+    assert pending.is_in_memory_only == has_spare
+    assert has_spare or "A checkpoint copy of 0.00 GB more fits nowhere" in pending.reason
+    assert not list((node.folder / GENERATIONS).glob(".*"))
+    assert_goes_on_from(job, 3 if has_spare else 2)
+
+
+def held_by(node: LocalNode) -> set[str]:
+    return {path for path, slot in node.agent.arena.slots.items() if slot.state is not State.FREE}
+
+
+def test_slots_leave_room_for_their_descriptions(tmp_path):
+    found = os.statvfs(tmp_path)
+    assert free_bytes(tmp_path / "arena") <= found.f_bavail * found.f_frsize - DESCRIPTION_BYTES / 2
 
 
 def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp_path):

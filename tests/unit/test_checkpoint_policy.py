@@ -181,6 +181,23 @@ def test_an_expert_that_nothing_is_routed_to_is_saved_by_the_age_limit_alone(rul
     assert max(ages) == oldest
 
 
+@pytest.mark.parametrize(("ranks", "k"), [(6, 3), (6, 4), (7, 2), (7, 4), (3, 2)])
+def test_sequential_leaves_its_rotation_where_ranks_hold_uneven_numbers_of_experts(ranks, k):
+    """Eight experts on 6 or 7 ranks: one rotation would write twice as much on some of them. On 3, what all share out fills the gaps."""
+    banks = {f"layer{i}": 8 for i in range(12)}
+    of = {(bank, expert): (expert * ranks // 8,) for bank in banks for expert in range(8)}
+    homes = Homes(of, spread=14.0)
+    ledger = Ledger.of_banks(banks).after(None, "experts")
+    for index in range(1, 40):
+        ledger = ledger.count([[7] * 8] * 12)
+        selection = turns(banks, experts_per_save=k).selection(index, ledger, homes=homes)
+        ledger = ledger.after(selection, "experts")
+        mean = (12 * k + homes.spread) / ranks
+        assert heaviest(selection, of) <= 1.05 * mean
+        assert all(len(experts) == k for experts in selection.values())
+        assert max(map(max, ledger.age.values())) <= 2.2 * 8 / k
+
+
 def test_at_even_loads_unsaved_age_is_sequential():
     banks = {"a": 12, "b": 12}
     by_age, in_turn = turns(banks, selection="unsaved_age", experts_per_save=2), turns(banks, experts_per_save=2)
@@ -356,6 +373,8 @@ def test_limits_of_ages_count_rounds():
         {"max_age_rounds": 0.5},
         {"plt_budget": -0.1},
         {"plt_budget": 1.0},
+        {"folder": "s3://"},
+        {"folder": "s3:/bucket/runs"},
     ],
 )
 def test_bad_policies_are_named(change):

@@ -76,7 +76,7 @@ def test_rotation_goes_on_after_a_resume_without_a_new_full_save(tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_any_layout_resumes_what_another_saved(tmp_path, sharded):
     experts = {}
-    layouts = [(4, 4, sharded), (4, 2, True), (2, 2, sharded), (1, 1, False), (3, 3, sharded), (2, 1, True)]
+    layouts = [(4, 4, sharded), (4, 2, True), (2, 2, sharded), (1, 1, False), (3, 3, sharded), (4, 4, sharded), (2, 1, True)]
     for step, (world, ep, cut) in enumerate(layouts, 1):
         job = Job(tmp_path, world, ep, cut, experts_per_save=2)
         report, whole = job.load()
@@ -85,7 +85,7 @@ def test_any_layout_resumes_what_another_saved(tmp_path, sharded):
             assert any(f"is loaded by {world}" in line for line in report.remapped) == (manifests(tmp_path)[0].world != world)
         assert all(pending.committed for pending in job.save(step))
         experts = experts_by_step(manifests(tmp_path)[0])
-    assert manifests(tmp_path)[0].step == 6
+    assert manifests(tmp_path)[0].step == len(layouts)
 
 
 def test_replicas_share_the_writing(tmp_path):

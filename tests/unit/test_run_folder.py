@@ -78,6 +78,25 @@ def test_a_path_counts_until_the_run_has_a_recovery_point_of_its_own(tmp_path: P
     assert origin_run("auto", own) == own
 
 
+@pytest.mark.parametrize("resume", ["auto", "must", "a path"])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path: Path, resume: str) -> None:
+    """A disk that is not mounted looks like a run that has none."""
+    run, place = tmp_path / "run", tmp_path / "mount" / "run"
+    run.mkdir()
+    (run / "checkpoint").write_text(f"{place}\n")
+    (run / "metrics.jsonl").write_text('{"train/step": 1, "checkpoint/pending": 1}\n{"checkpoint/seq": 9, "checkpoint/bytes_read": "{}"}\n')
+    resume = str(with_save(tmp_path / "other")) if resume == "a path" else resume
+    assert origin(resume, run, {}) == resume
+    with (run / "metrics.jsonl").open("a") as lines:
+        lines.write('{"train/step": 2, "checkpoint/seq": 1, "checkpoint/bytes": 10}\n')
+    with pytest.raises(CheckpointError, match=rf"has committed checkpoints, and there is none left in {place}\. Mount or move them back"):
+        origin(resume, run, {})
+    assert origin("never", run, {}) == "never"
+    (place / "manifests").mkdir(parents=True)
+    (place / "manifests" / f"{SaveId(1, 1)}.json").touch()
+    assert origin(resume, run, {}) == ("must" if resume == "must" else "auto")
+
+
 def test_without_a_recovery_point_nothing_is_compared(tmp_path: Path) -> None:
     assert origin_run("auto", tmp_path) is None
     assert origin_run("never", with_save(tmp_path)) is None
