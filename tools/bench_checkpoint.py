@@ -10,6 +10,7 @@ DeepSpeed is left out when it is not installed.
 """
 
 import argparse
+import ctypes
 import json
 import multiprocessing
 import os
@@ -52,6 +53,7 @@ from tools.contenders import Contender, Dcp, DcpAsync, DeepSpeed, Live, Nothing,
 
 WORLD = 2
 PARTS = ("training", "rates")
+SETTLE_SECONDS = 15.0
 
 
 @dataclass(frozen=True)
@@ -216,8 +218,11 @@ def memory_of(trainer: Trainer, make: Callable[[], Contender], size: Size) -> in
     """Bytes by which the memory available on the machine falls, at most, while a contender is made and saves twice: shared memory and
     helper processes included, page cache not."""
     world = trainer.live.world
+    ctypes.CDLL(None).malloc_trim(0)
+    world.barrier("memory is given back")
+    start, over = settled_bytes(), threading.Event()
+    lowest = [start]
     world.barrier("memory")
-    start, lowest, over = available_bytes(), [available_bytes()], threading.Event()
 
     def sample() -> None:
         while not over.wait(0.02):
@@ -233,6 +238,15 @@ def memory_of(trainer: Trainer, make: Callable[[], Contender], size: Size) -> in
         sampler.join()
     contender.close()
     return start - lowest[0]
+
+
+def settled_bytes() -> int:
+    """What is available once the contender before has given everything back: its agent or helpers may still be ending."""
+    before, deadline = 0, time.monotonic() + SETTLE_SECONDS
+    while (now := available_bytes()) > before + (1 << 20) and time.monotonic() < deadline:
+        before = now
+        time.sleep(1.0)
+    return now
 
 
 def available_bytes() -> int:

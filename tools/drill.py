@@ -64,7 +64,7 @@ class Outcome:
             self.noticed_seconds <= NOTICED_SECONDS
             and self.step - self.resumed_step <= MOST_STEPS
             and not self.plt
-            and not self.bytes_read.get(DISK)
+            and sum(self.bytes_read.values()) > self.bytes_read.get(DISK, 0) == 0
         )
 
 
@@ -169,7 +169,7 @@ def drill(fault: str, folder: Path, options: argparse.Namespace, choose: random.
             noticed_seconds=round(noticed, 1),
             resumed_step=int(resumed["train/step"]),
             bytes_read=json.loads(resumed["checkpoint/bytes_read"]),
-            plt=float(resumed.get("checkpoint/plt_weights", 0.0)),
+            plt=float(resumed["checkpoint/plt_weights"]),
             resumed_seconds=round(resumed_seconds, 1),
             ranks_after=int(resumed["parallel/ranks"]),
         )

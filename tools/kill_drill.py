@@ -29,7 +29,7 @@ class Kill:
     ranks: int
     after_seconds: float
     committed_step: int | None  # newest in the folder after the kill
-    resumed_step: int | None = None  # where the next start went on; None: from scratch
+    resumed_step: int | None = None  # where the next start that began to train went on; None: from scratch
 
 
 def newest_step(folder: Path) -> int | None:
@@ -92,6 +92,14 @@ def resume_steps(folder: Path) -> list[int]:
     return [record["train/step"] for record in records if record.get("event") == "resume"]
 
 
+def note(kills: list[Kill], resumed: list[int]) -> None:
+    """A start went on: of all kills that none has followed up yet this is what became."""
+    for kill in reversed(kills if resumed else []):
+        if kill.resumed_step is not None:
+            break
+        kill.resumed_step = resumed[0]
+
+
 def drill(options: argparse.Namespace, folder: Path) -> list[Kill]:
     choose = random.Random(options.seed)
     ranks = [int(number) for number in options.ranks.split(",")]
@@ -106,8 +114,7 @@ def drill(options: argparse.Namespace, folder: Path) -> list[Kill]:
         kill = Kill(on, round(after, 2), newest_step(folder))
         resumed = resume_steps(folder)[seen:]
         kills.append(kill)
-        if len(kills) > 1 and resumed:
-            kills[-2].resumed_step = resumed[0]
+        note(kills[:-1], resumed)
         went_on = f"this start had resumed at {resumed[0]}" if resumed else "this start had not begun to train"
         print(f"kill {len(kills):2}: {on} ranks, after {after:5.1f} s, committed step {kill.committed_step}, {went_on}", flush=True)
     return kills
@@ -131,10 +138,9 @@ def main() -> int:
     kills = drill(options, options.folder)
     seen = len(resume_steps(options.folder))
     code = start(2, [*options.overrides, *options.last], options.log).wait()
-    last = resume_steps(options.folder)[seen:]
-    kills[-1].resumed_step = last[0] if last else None
+    note(kills, resume_steps(options.folder)[seen:])
     done = newest_step(options.folder)
-    wrong = [kill for kill in kills if kill.resumed_step is not None and kill.resumed_step != kill.committed_step]
+    wrong = [kill for kill in kills if kill.resumed_step != kill.committed_step]
     ok = code == 0 and not wrong
     print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit.")
     print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")

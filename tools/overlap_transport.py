@@ -17,18 +17,20 @@ from tools.overlap_arms import Arms
 STREAM = 8 << 20
 MESSAGES = (1 << 20, 2 << 20, STREAM)  # bytes to the other rank; the last as much as the stream, so that the link's burst counts alike
 PAUSE_SECONDS = 0.06  # before every call: the link's burst is saved up again, so that all calls find as much of it
+RESTED = "after a rest, 1 MiB"  # point to point; one direction has idled while the stream went the other way, and TCP starts slowly again
 CONTENDERS: dict[str, Callable[[], Transport]] = {"point to point": PointToPoint, "stock": Collective}
 
 
 def transport(arms: Arms, rounds: int) -> dict[str, object]:
     """Seconds of every call, by contender and message size, interleaved; and of the one-way stream."""
     axis, ways = arms.axis, {name: make() for name, make in CONTENDERS.items()}
-    found: dict[str, list[float]] = {f"{name}, {size >> 20} MiB": [] for size in MESSAGES for name in ways} | {"one way": []}
+    found: dict[str, list[float]] = {f"{name}, {size >> 20} MiB": [] for size in MESSAGES for name in ways} | {"one way": [], RESTED: []}
     for number in range(rounds + 1):
         for size in MESSAGES:
             for name, way in ways.items():
                 found[f"{name}, {size >> 20} MiB"].append(exchange(arms, way, size))
         found["one way"].append(one_way(arms))
+        found[RESTED].append(exchange(arms, ways["point to point"], MESSAGES[0]))
         if not number:  # connections are made in the first round
             found = {name: [] for name in found}
     return {"seconds": found, "stream_bytes": STREAM, "index": axis.index}

@@ -43,7 +43,7 @@ def test_no_schedule_of_saves_pins_prunes_and_crashes_removes_what_is_alive():
 def test_a_killed_rank_or_two_never_cost_a_checkpoint(tmp_path, capsys):
     assert main(["--parts", "pairs", "--scale", "0.05", "--json", str(tmp_path / "a.json")]) == 0
     found = json.loads((tmp_path / "a.json").read_text())
-    assert found["pairs"]["lost_or_wrong"] == 0
+    assert (found["pairs"]["lost_or_wrong"], found["pairs"]["failures"]) == (0, [])
     assert found["pairs"]["kills"] == 16
     assert capsys.readouterr().out
 
@@ -59,6 +59,19 @@ def test_a_manifest_whose_name_is_not_synced_is_noticed(monkeypatch):
 
     monkeypatch.setattr(FolderBackend, "create", create)
     assert crash_states.simulate(300, 1, crash_states.Tally()).failures
+
+
+def test_a_manifest_that_is_written_in_place_is_noticed_by_kills(monkeypatch, tmp_path):
+    def create(self: FolderBackend, path: Path, data: bytes) -> None:
+        self.io.mkdir(path.parent) if not self.io.is_folder(path.parent) else None
+        self.io.write_new(path, [data[:100]])
+        self.io.fsync_folder(path.parent)  # where a kill may come between
+        self.io.unlink(path)
+        self.io.write_new(path, [data])
+
+    monkeypatch.setattr(FolderBackend, "create", create)
+    assert main(["--parts", "kills", "--scale", "0.001", "--json", str(tmp_path / "a.json")]) == 1
+    assert json.loads((tmp_path / "a.json").read_text())["kills"]["lost_or_wrong"] > 0
 
 
 def test_a_share_whose_folder_is_not_synced_is_noticed(monkeypatch):
