@@ -46,17 +46,18 @@ class Roster:
         """What lies in the memory of all nodes of this job. Agents that an earlier start left are asked; none is started for it."""
         if at not in ("auto", "must"):
             return Memory([], None)
-        own: list[dict | None] = []
+        found: list[dict | None] = []
 
-        def listed() -> dict | None:
-            own.append(self._memory.list())
-            return own[0]
+        def listed() -> str:
+            found.append(self._memory.list())
+            return _fingerprint(found[0])
 
-        answers = together(listed, self._gather)
-        if len(answers) != self.world:  # a `gather` that brings rank 0's answer only
-            answers = own
-        lists = {found["folder"] + str(found["address"]): found for found in answers if isinstance(found, dict)}
-        return Memory(list(lists.values()), own[0])
+        prints = together(listed, self._gather)
+        own = found[0]
+        if len(set(prints)) == 1 or len(prints) != self.world:  # all see the same, or a `gather` that brings rank 0's answer only
+            return Memory([own] if own else [], own)
+        answers = self._gather(own if prints.index(prints[self.rank]) == self.rank else None)
+        return Memory([answer for answer in answers if isinstance(answer, dict)], own)
 
     def _meet(self, state: ModelState) -> None:
         """Every rank learns who holds what, so that from now on all divide a save alike without asking."""
@@ -135,3 +136,9 @@ class Roster:
             self._memory.set_partner(partner)
         except AgentDied as died:
             logger("checkpoint").warning(f"No copies go to another node: {died}.")
+
+
+def _fingerprint(found: dict | None) -> str:
+    """The same for ranks that had the same answer of the same agent."""
+    parts = [(one["job"]["save"], one["job"]["rank"], len(one["held"])) for one in found["generations"]] if found else []
+    return f"{found['folder']} {found['address']} {parts}" if found else ""

@@ -18,7 +18,7 @@ from moetrain.store.manifest import Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
 HERE, DISK = "the memory of this node", "disk"
-BLOCK_BYTES = 1 << 20  # what was copied is still in the processor's cache when its checksum is taken
+BLOCK_BYTES = 1 << 18  # what was copied is still in the processor's cache when its checksum is taken
 
 
 class Memory:
