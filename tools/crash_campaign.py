@@ -24,6 +24,7 @@ from itertools import count
 from pathlib import Path
 from random import Random
 
+from moetrain.base.errors import CheckpointError
 from moetrain.store import encode
 from tests.unit import crash_damage, crash_states, crash_sweeps
 from tests.unit.checkpoint_crash import kill_agents, kill_at_every_hook, kill_at_random_times, kill_pairs
@@ -124,7 +125,7 @@ def counted(failures: list[str]) -> Iterator[None]:
     """A batch that found something lost or wrong ends there, and what it found is counted."""
     try:
         yield
-    except AssertionError as error:
+    except (AssertionError, CheckpointError) as error:
         failures.append(str(error) or traceback.format_exc(limit=-1))
 
 

@@ -30,6 +30,7 @@ class Kill:
     after_seconds: float
     committed_step: int | None  # newest in the folder after the kill
     resumed_step: int | None = None  # where the next start that began to train went on; None: from scratch
+    is_followed: bool = False  # by such a start
 
 
 def newest_step(folder: Path) -> int | None:
@@ -84,20 +85,21 @@ def kill_one(job: subprocess.Popen[bytes], after: float, choose: random.Random) 
     return True
 
 
-def resume_steps(folder: Path) -> list[int]:
-    """Steps at which the job's starts went on, from metrics.jsonl."""
+def starts(folder: Path) -> list[int | None]:
+    """Steps at which the job's starts went on, from metrics.jsonl; None: from scratch."""
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines if line.endswith("}")]
-    return [record["train/step"] for record in records if record.get("event") == "resume"]
+    return [
+        record["train/step"] if record["event"] == "resume" else None for record in records if record.get("event") in ("start", "resume")
+    ]
 
 
-def note(kills: list[Kill], resumed: list[int]) -> None:
-    """A start went on: of all kills that none has followed up yet this is what became."""
-    for kill in reversed(kills if resumed else []):
-        if kill.resumed_step is not None:
-            break
-        kill.resumed_step = resumed[0]
+def note(kills: list[Kill], began: list[int | None]) -> None:
+    """A start began to train: of all kills that none has followed yet this is what became."""
+    for kill in kills:
+        if began and not kill.is_followed:
+            kill.resumed_step, kill.is_followed = began[0], True
 
 
 def drill(options: argparse.Namespace, folder: Path) -> list[Kill]:
@@ -108,14 +110,14 @@ def drill(options: argparse.Namespace, folder: Path) -> list[Kill]:
         on = ranks[len(kills) % len(ranks)]
         after = choose.uniform(options.earliest, options.latest)
         job = start(on, options.overrides, options.log)
-        seen = len(resume_steps(folder))
+        seen = len(starts(folder))
         if not kill_one(job, after, choose):
             raise SystemExit(f"The job ended with code {job.returncode} before the kill: give it more train.tokens. See {options.log}.")
         kill = Kill(on, round(after, 2), newest_step(folder))
-        resumed = resume_steps(folder)[seen:]
+        began = starts(folder)[seen:]
         kills.append(kill)
-        note(kills[:-1], resumed)
-        went_on = f"this start had resumed at {resumed[0]}" if resumed else "this start had not begun to train"
+        note(kills[:-1], began)
+        went_on = f"this start had begun at {began[0] or 0}" if began else "this start had not begun to train"
         print(f"kill {len(kills):2}: {on} ranks, after {after:5.1f} s, committed step {kill.committed_step}, {went_on}", flush=True)
     return kills
 
@@ -136,11 +138,11 @@ def main() -> int:
     parser.add_argument("overrides", nargs="+", help="of launch/train.py")
     options = parser.parse_args()
     kills = drill(options, options.folder)
-    seen = len(resume_steps(options.folder))
+    seen = len(starts(options.folder))
     code = start(2, [*options.overrides, *options.last], options.log).wait()
-    note(kills, resume_steps(options.folder)[seen:])
+    note(kills, starts(options.folder)[seen:])
     done = newest_step(options.folder)
-    wrong = [kill for kill in kills if kill.resumed_step != kill.committed_step]
+    wrong = [kill for kill in kills if not kill.is_followed or kill.resumed_step != kill.committed_step]
     ok = code == 0 and not wrong
     print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit.")
     print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")

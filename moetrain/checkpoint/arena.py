@@ -19,7 +19,7 @@ from moetrain.store.backend import is_s3
 
 SHARED_MEMORY = Path("/dev/shm")
 SLOTS = "slots"
-DESCRIPTION_BYTES = 1 << 20  # kept free for what says what lies in slots, or a 128th of the file system
+DESCRIPTION_BYTES, MOST_DESCRIPTION_BYTES = 1 << 20, 1 << 30  # kept free for what says what lies in slots; between, a 128th of all
 
 
 class State(Enum):
@@ -62,7 +62,8 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     found = os.statvfs(folder)
-    room = max(0, found.f_bavail * found.f_frsize - max(DESCRIPTION_BYTES, found.f_blocks * found.f_frsize // 128))
+    descriptions = min(max(DESCRIPTION_BYTES, found.f_blocks * found.f_frsize // 128), MOST_DESCRIPTION_BYTES)
+    room = max(0, found.f_bavail * found.f_frsize - descriptions)
     return min(room, available_memory()) if folder.is_relative_to(SHARED_MEMORY) else room
 
 
@@ -180,9 +181,9 @@ class Arena:
                     if str(folder / name) not in self.slots:
                         (folder / name).unlink()
 
-    def trim(self) -> bool:
-        """Gives the memory of free slots back; whether there were any."""
-        free = [slot for slot in self.slots.values() if slot.state is State.FREE]
+    def trim(self, folder: Path) -> bool:
+        """Gives the memory of free slots below `folder` back; whether there were any."""
+        free = [slot for slot in self.slots.values() if slot.state is State.FREE and folder in Path(slot.path).parents]
         for slot in free:
             self._remove(slot)
         return bool(free)

@@ -51,9 +51,8 @@ def _newest(folder: CheckpointFolder) -> Manifest:
     if damage:
         raise CheckpointError(f"No recovery point in {folder.path} can be read: {' '.join(damage)}", "Bring the files back from a copy.")
     if gone := missing(folder):
-        raise CheckpointError(
-            f"There is no recovery point left in {folder.path}: {next(iter(gone.values()))}.", "Bring it back from a copy."
-        )
+        message = f"There is no recovery point in {folder.path}: {next(iter(gone.values()))}."
+        raise CheckpointError(message, "If it was there, bring it back from a copy; else the next save makes one.")
     raise CheckpointError(f"There is no recovery point in {folder.path} yet.", "The first save of the run makes one.")
 
 

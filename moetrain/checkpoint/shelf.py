@@ -40,8 +40,9 @@ class Shelf:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            if not self.arena.trim():
-                raise self.arena.no_room(len(description)) from error
+            if not self.arena.trim(self._folder.parent):
+                sentence = f"There is no room in {self._folder} for the description of a copy."
+                raise NoRoom(sentence, "Make room there.", is_passing=True) from error
             return self.put(generation)
         self._forget(generation.key)
         self.generations[generation.key] = generation

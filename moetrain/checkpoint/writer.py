@@ -137,7 +137,9 @@ def commit(job: SaveJob, receipts: list[Receipt], folder: CheckpointFolder, cloc
         folder.commit(manifest)
     except OSError as error:
         if not _is_there(job.save, folder):
-            raise Unsure(str(error)) if isinstance(error, NoAnswer) else error from error
+            if isinstance(error, NoAnswer):
+                raise Unsure(str(error)) from error
+            raise
     return manifest  # an error after the name appeared, as of the last fsync, undoes nothing
 
 

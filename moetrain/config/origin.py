@@ -26,7 +26,7 @@ def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
     if resume == "never" and not is_restart(folder, environment):
         return "never"
     if not has_saves(folder) and has_committed(folder):
-        hint = "Mount or move them back and start again; checkpoint.resume=never starts anew."
+        hint = "Mount or move them back and start again; checkpoint.resume=never or another run.name starts anew."
         raise CheckpointError(f"This run has committed checkpoints, and there is none left in {place_of(folder)}.", hint)
     if resume in ("auto", "must", "never"):
         return "must" if resume == "must" else "auto"

@@ -5,6 +5,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -133,17 +134,21 @@ class FolderBackend:
             self.io.write_new(temporary, [data])
             self._link(temporary, path)
         finally:
-            self.io.unlink(temporary)
+            with suppress(OSError):  # a sweep takes it; what became of the link is the news
+                self.io.unlink(temporary)
         self.io.fsync_folder(path.parent)
 
     def _link(self, source: Path, target: Path) -> None:
         try:
-            self.io.link(source, target)
-        except FileExistsError:
-            if self.io.num_links(source) != 2:  # a network file system may do it, lose the answer, and be asked again
-                raise
+            try:
+                self.io.link(source, target)
+            except FileExistsError:
+                if self.io.num_links(source) != 2:  # a network file system may do it, lose the answer, and be asked again
+                    raise
         except OSError as error:
-            raise error if error.errno in FULL else NoAnswer(error.errno, error.strerror, str(target)) from error
+            if error.errno in (errno.EEXIST, *FULL):
+                raise
+            raise NoAnswer(error.errno, error.strerror, str(target)) from error
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
         part = group.with_name(f"{group.name}.part")

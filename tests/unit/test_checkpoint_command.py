@@ -111,7 +111,7 @@ def test_show_says_when_every_manifest_was_removed(run_folder, said):
     for path in (run_folder / "checkpoint" / "manifests").iterdir():
         path.unlink()
     status, text = said("show", run_folder)
-    assert (status, "There is no recovery point left in" in text, "MISSING" in text) == (2, True, True)
+    assert (status, "There is no recovery point in" in text, "MISSING" in text) == (2, True, True)
 
 
 def test_a_pin_of_a_recovery_point_that_is_gone_is_named(run_folder, said):

@@ -341,7 +341,7 @@ def test_room_for_a_description_is_made_of_free_slots_or_the_save_finds_no_room(
         patched.setattr(Path, "write_bytes", full if has_spare else never)
         (pending,) = job.copy(3)
     assert pending.is_in_memory_only == has_spare
-    assert has_spare or "A checkpoint copy of 0.00 GB more fits nowhere" in pending.reason
+    assert has_spare or "for the description of a copy" in pending.reason
     assert not list((node.folder / GENERATIONS).glob(".*"))
     assert_goes_on_from(job, 3 if has_spare else 2)
 

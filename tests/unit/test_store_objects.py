@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moetrain.base.errors import CheckpointError
+from moetrain.store.backend import FolderBackend, NoAnswer
 from moetrain.store.encode import encode
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, ObjectRecord, Piece, SaveId, Tensor, by_key
@@ -186,3 +187,20 @@ def test_run_folder_and_checkpoint_folder_are_both_understood(folder, tmp_path):
     assert resolve(tmp_path) == resolve(folder.path) == folder.path
     with pytest.raises(CheckpointError, match="no checkpoint"):
         resolve(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("operation", "number", "is_unsure"),
+    [("link", errno.EIO, True), ("link", errno.ETIMEDOUT, True), ("link", errno.ENOSPC, False), ("fsync", errno.EIO, False)],
+)
+def test_only_a_name_that_may_appear_yet_is_no_answer(tmp_path, operation, number, is_unsure):
+    """The removal of the temporary name fails as well, and hides nothing."""
+
+    def fail(name: str, path: Path) -> None:
+        if name in (operation, "unlink"):
+            raise OSError(number, os.strerror(number), str(path))
+
+    (tmp_path / "manifests").mkdir()
+    with pytest.raises(OSError) as error:
+        FolderBackend(Io(fail)).create(tmp_path / "manifests" / "x", b"content")
+    assert (error.value.errno, isinstance(error.value, NoAnswer)) == (number, is_unsure)
