@@ -26,7 +26,8 @@ def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
     if resume == "never" and not is_restart(folder, environment):
         return "never"
     if not has_saves(folder) and has_committed(folder):
-        hint = "Mount or move them back and start again; checkpoint.resume=never or another run.name starts anew."
+        way_out = "checkpoint.resume=never starts" if resume in ("auto", "must") else "another run.name lets it start"
+        hint = f"Mount or move them back and start again; {way_out} anew."
         raise CheckpointError(f"This run has committed checkpoints, and there is none left in {place_of(folder)}.", hint)
     if resume in ("auto", "must", "never"):
         return "must" if resume == "must" else "auto"
