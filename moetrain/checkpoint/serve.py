@@ -92,7 +92,8 @@ class Server:
                 if listener is self._pulse:
                     connection.close()
                     continue
-                Thread(target=self._attend, args=(connection, listener is self._local), daemon=True).start()
+                session = self.agent.open(lambda: True, listener is self._local)  # now: whoever was let in keeps the agent from ending
+                Thread(target=self._attend, args=(connection, session), daemon=True).start()
                 limit = self._linger
             now = self._clock.monotonic()
             if any(session.is_local for session in self.agent.sessions):
@@ -118,9 +119,9 @@ class Server:
         for listener in (self._local, self._remote, self._pulse):
             listener.close()
 
-    def _attend(self, connection: socket.socket, is_local: bool) -> None:
-        with connection, _death_of(connection if is_local else None) as death:
-            session = self.agent.open(_alive(death), is_local)
+    def _attend(self, connection: socket.socket, session: Session) -> None:
+        with connection, _death_of(connection if session.is_local else None) as death:
+            session.alive = _alive(death)
             try:
                 connection.settimeout(MESSAGE_SECONDS)
                 while self._one(connection, session, death):

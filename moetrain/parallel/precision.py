@@ -1,6 +1,4 @@
-"""Whether matmuls run in bfloat16: where the hardware has units for it, decided by a probe, the same on all ranks; and rows on the wire."""
-
-import time
+"""Whether matmuls run in bfloat16: where the hardware has units for it, the same on all ranks and at every start; and rows on the wire."""
 
 import torch
 
@@ -20,15 +18,8 @@ def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:
 
 
 def faster_in_bfloat16(device: torch.device) -> bool:
-    """CUDA: compute capability 8 and up. CPU: a small matmul is timed in both types, since CPUs without bfloat16 units
-    emulate it a hundred times slower; the best of several, since a busy core can make any one look slow."""
+    """CUDA: compute capability 8 and up. CPU: with tile units (AMX) only: narrower units are no faster than float32, none a hundred times
+    slower. The hardware is asked, nothing is timed: on a busy machine a restart might find otherwise, and go on in other bits."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device)[0] >= 8
-    single, half = (min(_seconds(torch.ones(256, 256, dtype=dtype)) for _ in range(5)) for dtype in (torch.float32, torch.bfloat16))
-    return half < 0.8 * single
-
-
-def _seconds(x: torch.Tensor) -> float:
-    start = time.perf_counter()
-    torch.matmul(x, x)
-    return time.perf_counter() - start
+    return torch.cpu._is_amx_tile_supported()

@@ -115,7 +115,7 @@ def test_the_exchanges_made_alone_are_those_of_the_unit(found: list[dict]) -> No
 @pytest.mark.dist
 def test_all_to_alls_alone_are_measured_beside_one_stream(found: list[dict]) -> None:
     ways = summary([rank["transport"] for rank in found])["ways"]
-    assert isinstance(ways, dict) and len(ways) == 7
+    assert isinstance(ways, dict) and len(ways) == 8
     assert all(row["of the line"] > 0 for name, row in ways.items() if name != "one way")
 
 

@@ -239,6 +239,33 @@ def test_who_still_waits_for_the_partner_does_not_join_again_after_the_leave():
     assert memory.reserve(SaveId(1, 2), Needs(), []) == {}  # a later save does
 
 
+def test_an_agent_that_has_let_somebody_in_does_not_end_before_he_has_spoken(tmp_path, monkeypatch):
+    """All ranks of the job before have taken their leave. On a busy machine the thread that attends to the newcomer begins late."""
+    agent = Agent(tmp_path, Arena([tmp_path / "slots"]), Io(), SystemClock())
+    server = Server(agent, "127.0.0.1", 60.0, SystemClock())
+    agent.left = {0: True}
+    looks = []
+
+    class Late:
+        def __init__(self, target, args, daemon) -> None: ...
+
+        def start(self) -> None:
+            looks.append("let in")
+
+    def looked() -> None:
+        looks.append("looked")
+        agent.is_stopped = looks.count("looked") > 3
+
+    monkeypatch.setattr("moetrain.checkpoint.serve.Thread", Late)
+    monkeypatch.setattr(server, "_show_life", looked)
+    caller = socket.socket(socket.AF_UNIX)
+    caller.connect(str(tmp_path / SOCKET))
+    server.serve()
+    server.close()
+    caller.close()
+    assert looks == ["looked", "let in", "looked", "looked", "looked"]
+
+
 def test_what_an_agent_leaves_is_as_old_as_its_death(tmp_path):
     """The agent of another run that starts beside one that has just been killed."""
     own, spare = (tmp_path / base / f"moetrain-{os.getuid()}-x" for base in ("shared", "temporary"))

@@ -48,6 +48,13 @@ def test_matmuls_are_in_bfloat16_where_the_hardware_has_it_and_rank_0_decides(ha
     assert autocast_dtype(EngineConfig(dtype="float64"), single) is None
 
 
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_a_busy_processor_does_not_change_the_number_type_of_a_restart(has_tiles: bool, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    monkeypatch.setattr(torch, "matmul", None)  # to be timed
+    assert precision.faster_in_bfloat16(torch.device("cpu")) is has_tiles
+
+
 def test_a_step_in_bfloat16_is_near_and_not_equal_to_one_in_float32() -> None:
     generator = torch.Generator().manual_seed(0)
     made = {autocast: engine(autocast) for autocast in ("off", "bfloat16")}
