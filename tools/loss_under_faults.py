@@ -38,6 +38,7 @@ SMALL = (
     *small_job(width=96, seq_len=128), "train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0",
     "checkpoint.experts_per_save=1",
 )  # fmt: skip
+PAUSE_SECONDS = 0.005  # between looks at a save
 
 
 class Fault(Exception):
@@ -45,15 +46,18 @@ class Fault(Exception):
 
 
 class FaultHook:
-    """Raises after a step, before anything else looks at it."""
+    """Raises after a step, before anything else looks at it (None: never). Every save is waited for until the next step is done: which
+    ones are committed, and so which experts the next one writes, is no matter of how fast the disk is."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int | None) -> None:
         self.step = step
 
     def on_start(self, run: Run) -> None:
         pass
 
     def on_step(self, run: Run, result: StepResult) -> None:
+        while run.checkpoint.status().pending:
+            time.sleep(PAUSE_SECONDS)
         if run.progress.step == self.step:
             raise Fault
 
@@ -81,12 +85,11 @@ def life(config: TrainConfig, folder: Path, fault: int | None) -> bool:
         stop = stack.enter_context(Stop(world, folder / "STOP"))
         run = build(config, folder, world, stop)
         stack.callback(run.sinks.close)
-        if fault is not None:
-            run.hooks.insert(0, FaultHook(fault))
+        run.hooks.insert(0, FaultHook(fault))
         try:
             train(run)
         except Fault:
-            run.checkpoint.finish()  # what was on its way may have come through: the same in every mode
+            run.checkpoint.finish()  # takes the memory away
             return False
     return True
 

@@ -96,7 +96,7 @@ class Server:
                 Thread(target=self._attend, args=(connection, session), daemon=True).start()
                 limit = self._linger
             now = self._clock.monotonic()
-            if any(session.is_local for session in self.agent.sessions):
+            if any(session.is_local for session in tuple(self.agent.sessions)):
                 quiet_since, rescuing = now, None
             elif rescuing is not None:
                 if not rescuing.is_alive():
