@@ -219,6 +219,8 @@ def memory_of(trainer: Trainer, make: Callable[[], Contender], size: Size) -> in
     helper processes included, page cache not."""
     world = trainer.live.world
     ctypes.CDLL(None).malloc_trim(0)
+    for _ in range(2):
+        trainer.step(lambda: None)  # what training itself needs is there again
     world.barrier("memory is given back")
     start, over = settled_bytes(), threading.Event()
     lowest = [start]
