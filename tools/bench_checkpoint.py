@@ -218,7 +218,7 @@ def memory_of(trainer: Trainer, make: Callable[[], Contender], size: Size) -> in
     """Bytes by which the memory available on the machine falls, at most, while a contender is made and saves twice: shared memory and
     helper processes included, page cache not."""
     world = trainer.live.world
-    ctypes.CDLL(None).malloc_trim(0)
+    ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what the contender before freed
     for _ in range(2):
         trainer.step(lambda: None)  # what training itself needs is there again
     world.barrier("memory is given back")

@@ -36,7 +36,7 @@ Say = Callable[[str], None]
 
 def bound(failures: int, trials: int) -> str:
     """The upper end of the 95 % interval of the chance of a failure; only told when there was none (rule of three)."""
-    return f"{300 / trials:.3g} %" if failures == 0 else f"{failures} failures, {trials} trials"
+    return f"{300 / trials:.3g} %" if failures == 0 else f"none: {failures} failures beside {trials} good trials"
 
 
 def states(amount: int, seed: int, say: Say) -> Report:
@@ -122,7 +122,7 @@ def agents(amount: int, seed: int, say: Say) -> Report:
 
 @contextmanager
 def counted(failures: list[str]) -> Iterator[None]:
-    """A batch that found something lost or wrong ends there, and what it found is counted."""
+    """A batch in which something is lost or wrong ends there: that is one failure, and its kills are not counted."""
     try:
         yield
     except (AssertionError, CheckpointError) as error:

@@ -64,7 +64,8 @@ class Outcome:
             self.noticed_seconds <= NOTICED_SECONDS
             and self.step - self.resumed_step <= MOST_STEPS
             and not self.plt
-            and sum(self.bytes_read.values()) > self.bytes_read.get(DISK, 0) == 0
+            and not self.bytes_read.get(DISK)
+            and sum(self.bytes_read.values()) > 0
         )
 
 

@@ -96,7 +96,7 @@ def starts(folder: Path) -> list[int | None]:
 
 
 def note(kills: list[Kill], began: list[int | None]) -> None:
-    """A start began to train: of all kills that none has followed yet this is what became."""
+    """A start began to train: it is what followed every kill that none had followed yet."""
     for kill in kills:
         if began and not kill.is_followed:
             kill.resumed_step, kill.is_followed = began[0], True
@@ -144,7 +144,7 @@ def main() -> int:
     done = newest_step(options.folder)
     wrong = [kill for kill in kills if not kill.is_followed or kill.resumed_step != kill.committed_step]
     ok = code == 0 and not wrong
-    print(f"{len(kills)} kills, {len(wrong)} resumed elsewhere than at the last commit.")
+    print(f"{len(kills)} kills, after {len(wrong)} of which training did not go on at the last commit.")
     print(f"The last start ended with code {code} at step {done}: {'ok' if ok else 'FAILED'}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -45,9 +45,9 @@ class Fault(Exception):
     """The run ends here, as if the power went."""
 
 
-class FaultHook:
-    """Raises after a step, before anything else looks at it (None: never). Every save is waited for until the next step is done: which
-    ones are committed, and so which experts the next one writes, is no matter of how fast the disk is."""
+class PaceHook:
+    """Waits after every step until no save is under way, so that what is committed does not depend on the rate of the disk; then raises
+    after the given one (None: never), before any other hook."""
 
     def __init__(self, step: int | None) -> None:
         self.step = step
@@ -85,11 +85,11 @@ def life(config: TrainConfig, folder: Path, fault: int | None) -> bool:
         stop = stack.enter_context(Stop(world, folder / "STOP"))
         run = build(config, folder, world, stop)
         stack.callback(run.sinks.close)
-        run.hooks.insert(0, FaultHook(fault))
+        run.hooks.insert(0, PaceHook(fault))
         try:
             train(run)
         except Fault:
-            run.checkpoint.finish()  # takes the memory away
+            run.checkpoint.finish()  # ends the agent: what was in memory is lost
             return False
     return True
 

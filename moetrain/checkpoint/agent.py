@@ -72,7 +72,7 @@ class Agent:
     # connections
 
     def open(self, alive: Alive, is_local: bool = True) -> Session:
-        """Waits for nobody, however long an allocation takes."""
+        """Takes no lock: whoever listens must not wait while slots are allocated."""
         session = Session(alive, is_local)
         self.sessions.append(session)
         return session

@@ -19,7 +19,7 @@ from moetrain.store.backend import is_s3
 
 SHARED_MEMORY = Path("/dev/shm")
 SLOTS = "slots"
-DESCRIPTION_BYTES, MOST_DESCRIPTION_BYTES = 1 << 20, 1 << 30  # kept free for what says what lies in slots; between, a 128th of all
+DESCRIPTION_BYTES, MOST_DESCRIPTION_BYTES = 1 << 20, 1 << 30  # kept free for descriptions: a 128th of the file system, within these
 
 
 class State(Enum):

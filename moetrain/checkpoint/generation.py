@@ -145,8 +145,8 @@ def _groups(selection: Selection) -> set[Group]:
 def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:
     """The recovery points that lie in memory, newest first: those of which every rank's part is there.
 
-    Experts that a generation left out come from older generations of the same job or from the manifest on disk below it, each at its
-    newest step, and the ledger says what these hold. A part that several nodes have counts once, the fullest of them.
+    Experts that a generation left out come from older generations of the same job or from the newest manifest on disk that is no younger,
+    each at its newest step, and the ledger says what these hold. A part that several nodes have counts once, the fullest of them.
     """
     by_save: dict[SaveId, dict[int, Generation]] = defaultdict(dict)
     for one in sorted(generations, key=lambda one: len(one.held)):
@@ -175,7 +175,8 @@ class _Older:
 
 
 def _below(job: SaveJob, disk: dict[SaveId, Manifest]) -> Manifest | None:
-    """The newest checkpoint that the save went through: its parent, or one of its job that was still being written when it was made."""
+    """The newest checkpoint that its experts can come from: of the save itself, of one of its start before it, which may still have been
+    on its way when the copy was made, or its parent."""
     found = max((save for save in disk if save <= job.save and save.epoch == job.save.epoch), default=job.parent)
     return disk.get(found) if found else None
 

@@ -158,7 +158,7 @@ class NodeMemory:
             self._drop(lane)
             if was_open:  # it ended since: another one takes over what it had, and knows when that is not enough
                 return self._answer(lane, request, limit_seconds, start, silence_seconds, retries)
-            if retries:  # it was about to end, and let nobody in any more
+            if retries:  # it was about to end: it let nobody in any more, or hung up
                 return self._answer(lane, request, limit_seconds, start, silence_seconds, retries - 1)
             raise AgentDied(f"the agent of this node ended ({error.strerror})") from error
 

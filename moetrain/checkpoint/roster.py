@@ -48,7 +48,7 @@ class Roster:
             return Memory([], None)
         found: list[dict | None] = []
 
-        def listed() -> str:
+        def listed() -> str:  # inside `together`: a rank that fails must not leave the others waiting
             found.append(self._memory.list())
             return _fingerprint(found[0])
 

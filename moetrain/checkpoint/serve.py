@@ -96,7 +96,7 @@ class Server:
                 Thread(target=self._attend, args=(connection, session), daemon=True).start()
                 limit = self._linger
             now = self._clock.monotonic()
-            if any(session.is_local for session in tuple(self.agent.sessions)):
+            if any(session.is_local for session in tuple(self.agent.sessions)):  # others come and go
                 quiet_since, rescuing = now, None
             elif rescuing is not None:
                 if not rescuing.is_alive():
@@ -120,16 +120,16 @@ class Server:
             listener.close()
 
     def _attend(self, connection: socket.socket, session: Session) -> None:
-        with connection, _death_of(connection if session.is_local else None) as death:
-            session.alive = _alive(death)
-            try:
+        try:
+            with connection, _death_of(connection if session.is_local else None) as death:
+                session.alive = _alive(death)
                 connection.settimeout(MESSAGE_SECONDS)
                 while self._one(connection, session, death):
                     pass
-            except (OSError, ValueError, KeyError, CheckpointError):  # gone, or it speaks another language
-                pass
-            finally:
-                self.agent.close(session)
+        except (OSError, ValueError, KeyError, CheckpointError):  # gone, or it speaks another language
+            pass
+        finally:
+            self.agent.close(session)
 
     def _one(self, connection: socket.socket, session: Session, death: int | None) -> bool:
         """Waits for one request and answers it; whether more may come."""

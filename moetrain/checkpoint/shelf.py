@@ -42,7 +42,7 @@ class Shelf:
                 raise
             if not self.arena.trim(self._folder.parent):
                 sentence = f"There is no room in {self._folder} for the description of a copy."
-                raise NoRoom(sentence, "Make room there.", is_passing=True) from error
+                raise NoRoom(sentence, "Make room there.", is_passing=True) from error  # costs this save alone
             return self.put(generation)
         self._forget(generation.key)
         self.generations[generation.key] = generation

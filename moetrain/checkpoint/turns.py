@@ -106,7 +106,7 @@ class Turns:
         return balanced(selection, forced, rankings, homes.of, homes.spread)
 
     def _first_of(self, ranking: list[int], ages: list[int], count: int) -> tuple[list[int], set[int]]:
-        if self._config.selection == "greedy":  # the paper's has no limit
+        if self._config.selection == "greedy":  # cold experts may wait for ever
             return sorted(ranking[:count]), set()
         return first_of(ranking, ages, count, max_age(len(ages), count, self._config.max_age_rounds))
 

@@ -29,9 +29,9 @@ def origin(resume: str, folder: Path, environment: Mapping[str, str]) -> str:
         way_out = "checkpoint.resume=never starts" if resume in ("auto", "must") else "another run.name lets it start"
         hint = f"Mount or move them back and start again; {way_out} anew."
         raise CheckpointError(f"This run has committed checkpoints, and there is none left in {place_of(folder)}.", hint)
-    if resume in ("auto", "must", "never"):
-        return "must" if resume == "must" else "auto"
-    return "auto" if has_saves(folder) else resume
+    if resume == "must":
+        return "must"
+    return "auto" if resume in ("auto", "never") or has_saves(folder) else resume
 
 
 def origin_run(at: str, folder: Path) -> Path | None:
@@ -52,7 +52,7 @@ def has_committed(folder: Path) -> bool:
     """Whether a run's records tell of a commit, wherever its checkpoints are now."""
     try:
         with (folder / METRICS_FILE).open(encoding="utf-8", errors="replace") as lines:
-            return any('"checkpoint/bytes"' in line for line in lines)
+            return any('"checkpoint/bytes"' in line for line in lines)  # which the news of a commit have, and nothing else
     except FileNotFoundError:
         return False
 

@@ -42,7 +42,7 @@ class Backend(Protocol):
 
     def create(self, path: Path, data: bytes) -> None:
         """A small file that is whole and durable from its first moment. FileExistsError when the name is taken by anyone else, NoAnswer
-        when the file may appear yet. On a file system its folder is made, but not the one above."""
+        when the file may be there, or appear yet. On a file system its folder is made, but not the one above."""
         ...
 
     def put_group(self, group: Path, items: Iterable[Item]) -> None:
@@ -136,7 +136,10 @@ class FolderBackend:
         finally:
             with suppress(OSError):  # a sweep takes it; what became of the link is the news
                 self.io.unlink(temporary)
-        self.io.fsync_folder(path.parent)
+        try:
+            self.io.fsync_folder(path.parent)
+        except OSError as error:  # the name is there; whether it stays nobody knows
+            raise NoAnswer(error.errno, error.strerror, str(path)) from error
 
     def _link(self, source: Path, target: Path) -> None:
         try:
@@ -146,7 +149,7 @@ class FolderBackend:
                 if self.io.num_links(source) != 2:  # a network file system may do it, lose the answer, and be asked again
                     raise
         except OSError as error:
-            if error.errno in (errno.EEXIST, *FULL):
+            if error.errno in (errno.EEXIST, *FULL):  # of anything else a file system may say after it did it
                 raise
             raise NoAnswer(error.errno, error.strerror, str(target)) from error
 

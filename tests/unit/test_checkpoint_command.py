@@ -1,4 +1,4 @@
-"""`moetrain checkpoint list|show|verify|diff|pin`, without torch."""
+"""`moetrain checkpoint list|show|verify|diff|pin`, partly in an interpreter that refuses torch."""
 
 import pytest
 

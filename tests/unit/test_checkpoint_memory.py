@@ -6,11 +6,12 @@ import os
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import DESCRIPTION_BYTES, State, arena_folder, free_bytes, own_folder
+from moetrain.checkpoint.arena import State, arena_folder, free_bytes, own_folder
 from moetrain.checkpoint.generation import points_in_memory
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
@@ -350,9 +351,10 @@ def held_by(node: LocalNode) -> set[str]:
     return {path for path, slot in node.agent.arena.slots.items() if slot.state is not State.FREE}
 
 
-def test_slots_leave_room_for_their_descriptions(tmp_path):
-    found = os.statvfs(tmp_path)
-    assert free_bytes(tmp_path / "arena") <= found.f_bavail * found.f_frsize - DESCRIPTION_BYTES / 2
+@pytest.mark.parametrize(("size", "reserve"), [(2 << 20, 1 << 20), (1 << 30, 1 << 23), (1 << 50, 1 << 30)])
+def test_slots_leave_room_for_their_descriptions(tmp_path, monkeypatch, size, reserve):
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, f_blocks=size // 4096, f_bavail=size // 4096))
+    assert free_bytes(tmp_path / "arena") == size - reserve
 
 
 def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp_path):

@@ -63,7 +63,8 @@ def test_a_manifest_whose_name_is_not_synced_is_noticed(monkeypatch):
 
 def test_a_manifest_that_is_written_in_place_is_noticed_by_kills(monkeypatch, tmp_path):
     def create(self: FolderBackend, path: Path, data: bytes) -> None:
-        self.io.mkdir(path.parent) if not self.io.is_folder(path.parent) else None
+        if not self.io.is_folder(path.parent):
+            self.io.mkdir(path.parent)
         self.io.write_new(path, [data[:100]])
         self.io.fsync_folder(path.parent)  # where a kill may come between
         self.io.unlink(path)

@@ -191,9 +191,15 @@ def test_run_folder_and_checkpoint_folder_are_both_understood(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("operation", "number", "is_unsure"),
-    [("link", errno.EIO, True), ("link", errno.ETIMEDOUT, True), ("link", errno.ENOSPC, False), ("fsync", errno.EIO, False)],
+    [
+        ("link", errno.EIO, True),
+        ("link", errno.ETIMEDOUT, True),
+        ("link", errno.ENOSPC, False),
+        ("fsync", errno.EIO, False),
+        ("fsync_folder", errno.ENOSPC, True),
+    ],
 )
-def test_only_a_name_that_may_appear_yet_is_no_answer(tmp_path, operation, number, is_unsure):
+def test_only_a_name_that_may_be_there_is_no_answer(tmp_path, operation, number, is_unsure):
     """The removal of the temporary name fails as well, and hides nothing."""
 
     def fail(name: str, path: Path) -> None:

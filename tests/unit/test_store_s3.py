@@ -11,7 +11,7 @@ import pytest
 from crc32c import crc32c
 
 from moetrain.base.errors import CheckpointError, MissingExtraError
-from moetrain.store.backend import FolderBackend, open_backend
+from moetrain.store.backend import FolderBackend, NoAnswer, open_backend
 from moetrain.store.encode import encode
 from moetrain.store.io import Io
 from moetrain.store.manifest import SaveId
@@ -179,11 +179,20 @@ def test_a_store_that_fails_is_an_os_error_and_the_last_checkpoint_stays(faults)
     assert caught.value.strerror
     faults.instead.clear()
     faults.instead += [(to("PUT", "/manifests/"), 503)] * 50
-    with pytest.raises(OSError):
+    with pytest.raises(NoAnswer):
         folder.commit(manifest(SaveId(1, 3), [name]))
     faults.instead.clear()
     assert folder.saves() == [first]
     assert folder.outcome(SaveId(1, 3)) is None
+
+
+def test_a_store_that_refuses_a_manifest_has_answered(folder, faults):
+    save = folder.claim(0.0)
+    faults.instead += [(to("PUT", "/manifests/"), 403)] * 9
+    with pytest.raises(PermissionError) as caught:
+        folder.commit(manifest(save, []))
+    assert not isinstance(caught.value, NoAnswer)
+    faults.instead.clear()
 
 
 def test_access_that_is_denied_is_said_with_a_hint(folder, faults):
