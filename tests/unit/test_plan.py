@@ -245,7 +245,7 @@ def test_storage_is_enough_for_every_object_that_kept_points_refer_to(selected: 
     newest = dict.fromkeys(range(num_experts), 0)
     points: list[dict[int, int]] = [dict(newest)]
     most = 0
-    for save in range(1, 200):
+    for save in range(1, 1001):
         full = full_every and save % full_every == 0
         chosen = range(num_experts) if full else [(save * selected + i) % num_experts for i in range(selected)]
         newest |= dict.fromkeys(chosen, save)
