@@ -23,6 +23,7 @@ from dataclasses import asdict
 from itertools import count
 from pathlib import Path
 from random import Random
+from unittest import mock
 
 from moetrain.base.errors import CheckpointError
 from moetrain.store import encode
@@ -54,9 +55,9 @@ def states(amount: int, seed: int, say: Say) -> Report:
 def damage(amount: int, seed: int, say: Say) -> Report:
     counts: dict[str, Counter[tuple[str, str]]] = {"injected": Counter(), "noticed": Counter(), "right_fallback": Counter()}
     failures: list[str] = []
-    encode.CHUNK_BYTES = 4096  # several chunks in objects that are small enough for ten thousand trials
     for batch, goal in batches(amount, 700):
-        part = crash_damage.simulate(goal, seed + batch)
+        with mock.patch.object(encode, "CHUNK_BYTES", 4096):  # several chunks in objects that are small enough for ten thousand trials
+            part = crash_damage.simulate(goal, seed + batch)
         for total, found in zip(counts.values(), (part.injected, part.noticed, part.right), strict=True):
             total.update(found)
         failures += part.failures
