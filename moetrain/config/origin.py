@@ -11,9 +11,9 @@ from moetrain.base.log import logger
 from moetrain.store.backend import absolute
 from moetrain.store.io import Io
 from moetrain.store.objects import PLACE, CheckpointFolder, place_of, resolve
+from moetrain.telemetry.record import METRICS_FILE
 
 JOB_FILE = "job.json"  # the job that started this run
-METRICS_FILE = "metrics.jsonl"
 RECORDS = (PLACE, METRICS_FILE, "experts", "tensorboard", "wandb_id")  # what a run that starts anew must not mix with
 
 
