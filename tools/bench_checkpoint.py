@@ -262,6 +262,7 @@ def available_bytes() -> int:
 def run_rank(rank: int, meeting: Path, folder: Path, size: Size, parts: Sequence[str]) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(WORLD))  # as launchers say
     torch.set_num_threads(1)
     with World.from_file(meeting, rank, WORLD, 300.0) as world:
         trainer = Trainer(world, size)
@@ -320,6 +321,7 @@ def versions() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a size for a test")
+    parser.add_argument("--hidden", type=int, help=f"width of the model (default {Size.hidden}): bytes grow with its square, objects do not")
     parser.add_argument("--rounds", type=int, help=f"default {Size.rounds}")
     parser.add_argument("--iterations", type=int, help=f"default {Size.iterations}")
     parser.add_argument("--pairs", type=int, help=f"default {Size.pairs}")
@@ -328,7 +330,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="the figures; parts that are not measured keep theirs")
     options = parser.parse_args()
     size = SMALL if options.small else Size()
-    given = {name: value for name in ("rounds", "iterations", "pairs") if (value := vars(options)[name]) is not None}
+    given = {name: value for name in ("hidden", "rounds", "iterations", "pairs") if (value := vars(options)[name]) is not None}
     size = replace(size, **given)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = run_ranks(Path(folder), size, options.parts)

@@ -32,6 +32,7 @@ from moetrain.checkpoint.turns import Horizon, Turns
 from moetrain.dist.board import Board, DictBoard
 from moetrain.model.state import ModelState
 from moetrain.store.backend import absolute
+from moetrain.store.history import History
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId
 from moetrain.store.objects import CheckpointFolder
@@ -191,5 +192,6 @@ class Checkpointer:
 
     def _commit_under(self, copy: Manifest) -> Manifest | None:
         """The newest commit that a copy in memory can be built on: what its start committed before it, or went on from."""
-        commits = (point for point in self._folder.history() if isinstance(point, Manifest) and point.save <= copy.save)
-        return next((point for point in commits if point.save == copy.parent or point.save.epoch == copy.save.epoch), None)
+        on_disk = History(self._folder)
+        under = (save for save in on_disk if save <= copy.save and (save == copy.parent or save.epoch == copy.save.epoch))
+        return next((on_disk[save] for save in under if save in on_disk), None)

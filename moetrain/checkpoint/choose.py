@@ -1,8 +1,9 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from math import prod
 from pathlib import Path
 
@@ -13,11 +14,12 @@ from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.modes import is_derived
 from moetrain.store.encode import ArrayReader
+from moetrain.store.history import History
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId
 from moetrain.store.objects import CheckpointFolder
 
-PointsInMemory = Callable[[Sequence[Manifest | CheckpointError]], list[Manifest]]
+PointsInMemory = Callable[[Mapping[SaveId, Manifest]], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
 Look = Callable[[CheckpointFolder, ObjectRecord, list[Piece]], str]
 """What is wrong with an object of which a manifest needs these pieces; "" when nothing is."""
@@ -91,19 +93,18 @@ def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str,
     return damage
 
 
-def nothing_in_memory(history: Sequence[Manifest | CheckpointError]) -> list[Manifest]:
+def nothing_in_memory(on_disk: Mapping[SaveId, Manifest]) -> list[Manifest]:
     return []
 
 
-def newest_first(on_disk: Sequence[Manifest | CheckpointError], memory: Sequence[Manifest]) -> list[Manifest | CheckpointError]:
+def newest_first(on_disk: History, memory: Sequence[Manifest]) -> Iterator[Manifest | CheckpointError]:
     """All recovery points; of one save the one in memory first, for it may hold more experts of that step."""
-    merged: list[Manifest | CheckpointError] = []
     left = list(memory)
-    for point in on_disk:
-        while isinstance(point, Manifest) and left and left[0].save >= point.save:
-            merged.append(left.pop(0))
-        merged.append(point)
-    return merged + left
+    for save in on_disk:
+        while left and left[0].save >= save:
+            yield left.pop(0)
+        yield on_disk.look(save)
+    yield from left
 
 
 def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMemory = nothing_in_memory) -> Choice | None:
@@ -114,25 +115,25 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
     Raises CheckpointError when none is left.
     """
     folder = CheckpointFolder(path, io)
-    on_disk = list(folder.history())
+    on_disk = History(folder)
     memory = in_memory(on_disk)
-    history = newest_first(on_disk, memory)
     look = remembered(look)
     damage: list[str] = []
-    for number, manifest in enumerate(history):
+    for number, manifest in enumerate(newest_first(on_disk, memory)):
         if isinstance(manifest, CheckpointError):
             damage.append(manifest.message)
             continue
         is_in_memory = any(manifest is point for point in memory)
         bad = check(folder, manifest, look)
         damage += bad.values()
-        older = (point for point in history[number + 1 :] if isinstance(point, Manifest) and manifest.went_through(point.save))
+        below = islice(newest_first(on_disk, memory), number + 1, None)
+        older = (point for point in below if isinstance(point, Manifest) and manifest.went_through(point.save))
         repaired = repair(folder, manifest, bad, older, look, damage)
         if repaired is not None:
             return Choice(path, repaired, damage, is_in_memory)
         what = "copy in memory" if is_in_memory else "checkpoint"
         damage.append(f"The {what} of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
-    if not history:
+    if not on_disk and not memory:
         return None
     raise CheckpointError(f"No checkpoint in {path} can be restored: {shortened(damage)}", "Start anew with checkpoint.resume=never.")
 

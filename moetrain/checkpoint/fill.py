@@ -1,12 +1,14 @@
 """Reads objects into live state: several side by side, and right into the tensors wherever what was saved has their shape."""
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
+from moetrain.base.cores import cores_of_rank
 from moetrain.base.errors import CheckpointError
 from moetrain.checkpoint.source import ObjectReader, Sources
 from moetrain.model.state import Fragment, ModelState
@@ -46,12 +48,22 @@ def fill(manifest: Manifest, state: ModelState, sources: Sources) -> tuple[dict[
         reader = sources.open(record)
         return _read_object(reader, wanted[record.name]), reader.bytes_from
 
-    with ThreadPoolExecutor(READERS, "checkpoint-read") as pool:
-        for name, (sentence, count) in zip(wanted, pool.map(read, [manifest.objects[name] for name in wanted]), strict=True):
-            from_memory.update(count)
-            if sentence:
-                damage[name] = sentence
+    for names, readers in _by_readers(wanted, sources):
+        with ThreadPoolExecutor(readers, "checkpoint-read") as pool:
+            for name, (sentence, count) in zip(names, pool.map(read, [manifest.objects[name] for name in names]), strict=True):
+                from_memory.update(count)
+                if sentence:
+                    damage[name] = sentence
     return damage, from_memory
+
+
+def _by_readers(wanted: Iterable[str], sources: Sources) -> list[tuple[list[str], int]]:
+    """Names of objects, and how many threads read them: several keep a disk or a network busy, but in the memory of this node more than
+    the rank has cores only get in each other's way."""
+    here, elsewhere = [], []
+    for name in wanted:
+        (here if sources.is_here(name) else elsewhere).append(name)
+    return [(here, min(READERS, cores_of_rank())), (elsewhere, READERS)]
 
 
 def _read_object(reader: ObjectReader, wanted: list[Want]) -> str:

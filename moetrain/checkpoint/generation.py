@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -142,7 +142,7 @@ def _groups(selection: Selection) -> set[Group]:
     return {(bank, expert) for bank, experts in selection.items() for expert in experts}
 
 
-def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manifest]) -> list[Manifest]:
+def points_in_memory(generations: Sequence[Generation], disk: Mapping[SaveId, Manifest]) -> list[Manifest]:
     """The recovery points that lie in memory, newest first: those of which every rank's part is there.
 
     Experts that a generation left out come from older generations of the same job or from the newest manifest on disk that is no younger,
@@ -158,7 +158,7 @@ def points_in_memory(generations: Sequence[Generation], disk: dict[SaveId, Manif
             continue
         older = {before: list(its.values()) for before, its in by_save.items() if before < save and before.epoch == save.epoch}
         try:
-            found = _older(first.job, older, _below(first.job, disk))
+            found = _older(first.job, older, disk)
             point = merge(first.job, [parts[rank].receipt for rank in sorted(parts)], found.manifest, first.time)
             points.append(replace(point, ledger=_ledger(point, found)))
         except CheckpointError:
@@ -174,23 +174,24 @@ class _Older:
     ledgers: dict[str, dict]
 
 
-def _below(job: SaveJob, disk: dict[SaveId, Manifest]) -> Manifest | None:
+def _below(job: SaveJob, disk: Mapping[SaveId, Manifest]) -> Manifest | None:
     """The newest checkpoint that its experts can come from: of the save itself, of one of its start before it, which may still have been
     on its way when the copy was made, or its parent."""
-    found = max((save for save in disk if save <= job.save and save.epoch == job.save.epoch), default=job.parent)
-    return disk.get(found) if found else None
+    own = (save for save in sorted(disk, reverse=True) if save <= job.save and save.epoch == job.save.epoch)
+    good = (disk[save] for save in own if save in disk)
+    return next(good, None) or (disk.get(job.parent) if job.parent else None)
 
 
-def _older(job: SaveJob, older: dict[SaveId, list[Generation]], disk: Manifest | None) -> _Older:
+def _older(job: SaveJob, older: dict[SaveId, list[Generation]], disk: Mapping[SaveId, Manifest]) -> _Older:
     """Every expert at its newest step, whole, in memory (parts by save) or on disk."""
     found = _Older(_empty(job), {})
     if job.selection is None:
         return found
     tensors, objects, ledgers = found.manifest.tensors, found.manifest.objects, found.ledgers
-    if disk is not None:
-        tensors |= disk.tensors
-        objects |= disk.objects
-        ledgers |= dict.fromkeys(disk.objects, disk.ledger)
+    if (below := _below(job, disk)) is not None:
+        tensors |= below.tensors
+        objects |= below.objects
+        ledgers |= dict.fromkeys(below.objects, below.ledger)
     for _, parts in sorted(older.items()):
         new = {record.name: record for one in parts for record in one.receipt.objects}
         written: dict[Group, list[Tensor]] = defaultdict(list)

@@ -1,6 +1,5 @@
 """Putting a recovery point back into live state, whatever the world size and expert placement it was saved with."""
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -145,7 +144,7 @@ def agreed_choice(
     if at == "never":
         return None
     path = folder if at in ("auto", "must") else resolve(Path(at))
-    if path != folder and in_memory([]):
+    if path != folder and in_memory({}):
         with suppress(CheckpointError):
             return choose(folder, io or Io(), look, in_memory)
     choice = choose(path, io or Io(), look, in_memory if path == folder else nothing_in_memory)
@@ -175,14 +174,15 @@ def restore_together(
             return found.get(record, "")
         return glance(folder, record, pieces)
 
-    def pick() -> str | None:
+    def pick() -> list | None:
         choice = agreed_choice(folder, at, io, look, memory.points) if rank == 0 else None
         if choice and not found:
             _warn_of_removed(CheckpointFolder(choice.folder, io or Io()), keep)
-        return choice and json.dumps([str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage, choice.is_in_memory])
+        return choice and [str(choice.folder), choice.manifest.to_bytes().decode(), choice.damage, choice.is_in_memory]
 
     while (picked := together(pick, gather)[0]) is not None:
-        path, manifest, damage, is_in_memory = json.loads(str(picked))
+        assert isinstance(picked, list)
+        path, manifest, damage, is_in_memory = picked
         choice = Choice(Path(path), Manifest.from_bytes(manifest.encode(), "the manifest of rank 0"), damage, is_in_memory)
         _check_that_all_is_wanted(choice.manifest, state, world, gather)
         bad, read = _merged(together(partial(_read, choice, state, world, io or Io(), memory), gather))

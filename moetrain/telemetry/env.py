@@ -12,6 +12,7 @@ from pathlib import Path
 
 import moetrain
 from moetrain.base.clock import Clock
+from moetrain.base.cores import usable_cores
 from moetrain.base.files import write_whole
 from moetrain.telemetry.format import duration, quantity, size
 
@@ -77,7 +78,7 @@ def cpu() -> Section:
     flags = set(fields.get("flags", fields.get("Features", "")).split())
     return {
         "model": fields.get("model name", platform.processor() or platform.machine()),
-        "cores usable": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1,
+        "cores usable": usable_cores(),
         "torch threads": torch.get_num_threads(),
         "torch kernels": torch.backends.cpu.get_cpu_capability(),
         "features": " ".join(flag for flag in CPU_FLAGS if flag in flags) or "unknown",

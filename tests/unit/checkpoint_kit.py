@@ -248,3 +248,21 @@ def flip(file: Path, position: int) -> None:
     data = bytearray(file.read_bytes())
     data[position] ^= 0x10
     file.write_bytes(bytes(data))
+
+
+def nodes_of(world: int) -> list[LocalNode]:
+    return [LocalNode() for _ in range(world)]
+
+
+def restart(job: Job, snapshot_experts: int = 0) -> Job:
+    """The same command after kill -9 of all ranks: their agents are still there."""
+    return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, snapshot_experts=snapshot_experts)
+
+
+def assert_goes_on_from(job: Job, step: int) -> LoadReport:
+    """A restart brings back the whole state of that step."""
+    report, whole = restart(job).load()
+    assert report is not None
+    assert report.step == step
+    assert_equal(whole, expected(step))
+    return report

@@ -1,44 +1,36 @@
-"""Copies in the memory of nodes: what they bring back, what they leave to the disk, and how they are given up. Agents in this process."""
+"""What copies in the memory of nodes bring back, and what they leave to the disk. Agents in this process."""
 
-import errno
-import json
 import os
 import threading
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
 from moetrain.base.errors import CheckpointError
-from moetrain.checkpoint.arena import State, arena_folder, free_bytes, own_folder
 from moetrain.checkpoint.generation import points_in_memory
 from moetrain.checkpoint.hurry import most_valuable
 from moetrain.checkpoint.ledger import Ledger
-from moetrain.checkpoint.node_memory import Needs
 from moetrain.checkpoint.plan import Holding
-from moetrain.checkpoint.recover import LoadReport, agreed_choice
+from moetrain.checkpoint.recover import agreed_choice
 from moetrain.checkpoint.shelf import GENERATIONS
 from moetrain.store.io import Io
-from tests.unit.checkpoint_kit import BANKS, NUM_EXPERTS, Job, LocalNode, assert_equal, expected, flip, manifests, objects_of
-
-
-def nodes_of(world: int) -> list[LocalNode]:
-    return [LocalNode() for _ in range(world)]
-
-
-def restart(job: Job, snapshot_experts: int = 0) -> Job:
-    """The same command after kill -9 of all ranks: their agents are still there."""
-    return Job(job.ranks[0]._folder.path, job.world, job.ep, job.sharded, nodes=job.nodes, snapshot_experts=snapshot_experts)
-
-
-def assert_goes_on_from(job: Job, step: int) -> LoadReport:
-    """A restart brings back the whole state of that step."""
-    report, whole = restart(job).load()
-    assert report is not None
-    assert report.step == step
-    assert_equal(whole, expected(step))
-    return report
+from moetrain.store.manifest import Manifest, SaveId
+from moetrain.store.objects import CheckpointFolder
+from tests.unit.checkpoint_kit import (
+    BANKS,
+    NUM_EXPERTS,
+    Job,
+    LocalNode,
+    assert_equal,
+    assert_goes_on_from,
+    expected,
+    flip,
+    manifests,
+    nodes_of,
+    objects_of,
+    restart,
+)
 
 
 def test_a_restart_goes_on_from_the_newest_copy_and_loses_nothing(tmp_path):
@@ -141,6 +133,30 @@ def test_the_only_checkpoint_is_read_from_disk_when_its_copies_are_gone(tmp_path
     assert list(assert_goes_on_from(job, 1).read) == ["disk"]
 
 
+def test_a_slot_that_became_too_short_leaves_the_good_checkpoint(tmp_path):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
+    job.save(1)
+    agent = job.nodes[0].agent
+    held = next(held for one in agent.generations.values() for held in one.held.values() if held.num_bytes)
+    os.truncate(held.slot, held.num_bytes - 1)  # to read a mapping behind its end would end the process
+    assert assert_goes_on_from(job, 1).read.keys() == {"disk", "the memory of this node"}
+
+
+def test_a_recovery_reads_only_the_manifests_that_it_needs(tmp_path, monkeypatch):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1), keep=5)
+    for step in range(1, 5):
+        job.save(step, full=True)
+    read, manifest = [], CheckpointFolder.manifest
+
+    def noted(folder: CheckpointFolder, save: SaveId) -> Manifest:
+        read.append(save.seq)
+        return manifest(folder, save)
+
+    monkeypatch.setattr(CheckpointFolder, "manifest", noted)
+    assert_goes_on_from(job, 4)
+    assert set(read) == {4}
+
+
 def test_an_object_damaged_in_memory_and_on_disk_comes_from_the_older_checkpoint(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1, full=True)
@@ -194,52 +210,6 @@ def test_a_damaged_description_hides_its_copy_and_no_other(tmp_path, damage):
     newest.write_bytes(damage if damage != b"flip" else data.replace(b'"step":2', b'"step":3'))
     job.nodes[0].start()
     assert_goes_on_from(job, 1)
-
-
-def test_slots_are_used_again_and_two_copies_are_all_there_is(tmp_path):
-    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    job.save(1)
-    job.copy(2)
-    arena = job.nodes[0].agent.arena
-    held = arena.num_bytes
-    for step in range(3, 9):
-        job.copy(step)
-    assert arena.num_bytes == held
-    assert {one.job.step for one in job.nodes[0].agent.generations.values()} == {7, 8}
-
-
-def test_a_rank_that_dies_while_it_copies_leaves_no_slot_behind(tmp_path):
-    node = LocalNode()
-    link = node(start=True)
-    link.call({"op": "join", "rank": 0, "run": "", "epoch": 1}, 1)
-    link.call({"op": "reserve", "rank": 0, "save": [1, 1], "sizes": [100, 5000]} | vars(Needs()), 1)
-    assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FILLING] * 2
-    link.close()
-    assert [slot.state for slot in node.agent.arena.slots.values()] == [State.FREE] * 2
-
-
-def test_an_older_job_loses_the_memory_to_a_younger_one(tmp_path):
-    nodes = nodes_of(1)
-    old = Job(tmp_path, 1, 1, nodes=nodes)
-    old.save(1)
-    young = Job(tmp_path, 1, 1, nodes=nodes)
-    young.load()
-    old.copy(2)
-    with pytest.raises(CheckpointError, match="taken over the memory"):
-        old.ranks[0].save(old.states(3)[0], {"step": 3})
-    young.save(2)
-
-
-def test_an_older_job_that_ends_leaves_the_younger_ones_memory_alone(tmp_path):
-    old = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    old.save(1, full=True)
-    young = restart(old)
-    young.load()
-    young.save(2)
-    young.copy(3)
-    old.ranks[0].finish()
-    assert not young.nodes[0].agent.has_taken_leave
-    assert_goes_on_from(young, 3)
 
 
 def test_starting_anew_forgets_what_is_in_memory(tmp_path):
@@ -318,45 +288,6 @@ def test_a_copy_is_completed_from_a_checkpoint_that_was_being_written_when_it_wa
     assert_equal(whole, expected(4, {group: 4 - age for group, age in report.ages.items()}))
 
 
-@pytest.mark.parametrize("has_spare", [False, True])
-def test_room_for_a_description_is_made_of_free_slots_or_the_save_finds_no_room(tmp_path, monkeypatch, has_spare):
-    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    job.save(1)
-    job.copy(2)
-    node = job.nodes[0]
-    if has_spare:
-        node.agent.arena.release(node.agent.arena.reserve([5000]), State.FILLING)
-    write = Path.write_bytes
-
-    def full(path: Path, data: bytes) -> int:
-        if node.agent.arena.slots.keys() > held_by(node):  # something is free
-            path.touch()
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return write(path, data)
-
-    def never(path: Path, data: bytes) -> int:
-        path.touch()
-        raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", full if has_spare else never)
-        (pending,) = job.copy(3)
-    assert pending.is_in_memory_only == has_spare
-    assert has_spare or "for the description of a copy" in pending.reason
-    assert not list((node.folder / GENERATIONS).glob(".*"))
-    assert_goes_on_from(job, 3 if has_spare else 2)
-
-
-def held_by(node: LocalNode) -> set[str]:
-    return {path for path, slot in node.agent.arena.slots.items() if slot.state is not State.FREE}
-
-
-@pytest.mark.parametrize(("size", "reserve"), [(2 << 20, 1 << 20), (1 << 30, 1 << 23), (1 << 50, 1 << 30)])
-def test_slots_leave_room_for_their_descriptions(tmp_path, monkeypatch, size, reserve):
-    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_frsize=4096, f_blocks=size // 4096, f_bavail=size // 4096))
-    assert free_bytes(tmp_path / "arena") == size - reserve
-
-
 def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp_path):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
     job.save(1)
@@ -370,33 +301,6 @@ def test_experts_that_no_copy_holds_come_from_the_checkpoint_it_goes_on_from(tmp
     assert sorted(report.ages.values()) == [0] * 4 + [1] * 4
     assert "disk" in report.read
     assert_equal(whole, expected(2, {group: 2 - age for group, age in report.ages.items()}))
-
-
-def test_nobody_elses_folder_is_used(tmp_path):
-    folder = arena_folder(tmp_path / "checkpoint", str(tmp_path))
-    assert folder.name.startswith("moetrain-")
-    folder.mkdir(mode=0o755)
-    with pytest.raises(CheckpointError, match="open to others"):
-        own_folder(folder)
-    assert arena_folder(tmp_path / "other", str(tmp_path)) != folder
-    assert arena_folder(Path("/a/checkpoint")) == arena_folder(Path("/a/checkpoint"))
-
-
-def test_a_run_has_one_arena_however_its_folder_is_spelled(tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "link").symlink_to("runs")
-    assert arena_folder(tmp_path / "link" / "run" / "checkpoint") == arena_folder(tmp_path / "runs" / "run" / "checkpoint")
-    assert arena_folder(tmp_path / "runs" / ".." / "runs" / "run") == arena_folder(tmp_path / "runs" / "run")
-    assert arena_folder(Path("s3://bucket/run")) != arena_folder(Path("s3://bucket/other"))
-
-
-def test_status_counts_slots_by_state(tmp_path):
-    job = Job(tmp_path, 1, 1, nodes=nodes_of(1))
-    job.save(1)
-    found = job.nodes[0](start=True).call({"op": "status"}, 1)
-    assert json.dumps(found)
-    assert found["slots"].keys() == {"READY"}
-    assert [row["step"] for row in found["generations"]] == [1]
 
 
 def test_a_hurried_last_save_writes_the_most_valuable_experts_that_fit(tmp_path):

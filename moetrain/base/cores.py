@@ -1,0 +1,15 @@
+"""How many cores there are for what this process does beside training. No torch."""
+
+import os
+import sys
+
+
+def usable_cores() -> int:
+    """Of this machine, by this process."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def cores_of_rank() -> int:
+    """This rank's share of them, where launchers tell how many ranks a node has (LOCAL_WORLD_SIZE); 1 or more."""
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, usable_cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
