@@ -321,7 +321,7 @@ def versions() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a size for a test")
-    parser.add_argument("--hidden", type=int, help=f"width of the model (default {Size.hidden}): bytes grow with its square, objects do not")
+    parser.add_argument("--hidden", type=int, help=f"width (default {Size.hidden}): bytes grow with its square, objects do not")
     parser.add_argument("--rounds", type=int, help=f"default {Size.rounds}")
     parser.add_argument("--iterations", type=int, help=f"default {Size.iterations}")
     parser.add_argument("--pairs", type=int, help=f"default {Size.pairs}")
