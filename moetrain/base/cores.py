@@ -10,6 +10,7 @@ def usable_cores() -> int:
 
 
 def cores_of_rank() -> int:
-    """This rank's share of them, where launchers tell how many ranks a node has (LOCAL_WORLD_SIZE); 1 or more."""
+    """This rank's share of the machine, where its launcher tells how many ranks a node has (LOCAL_WORLD_SIZE), or what it is bound to."""
     ranks = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, usable_cores() // max(1, int(ranks) if ranks.isdecimal() else 1))
+    share = (os.cpu_count() or 1) // max(1, int(ranks) if ranks.isdecimal() else 1)
+    return max(1, min(usable_cores(), share))

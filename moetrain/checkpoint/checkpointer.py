@@ -193,5 +193,4 @@ class Checkpointer:
     def _commit_under(self, copy: Manifest) -> Manifest | None:
         """The newest commit that a copy in memory can be built on: what its start committed before it, or went on from."""
         on_disk = History(self._folder)
-        under = (save for save in on_disk if save <= copy.save and (save == copy.parent or save.epoch == copy.save.epoch))
-        return next((on_disk[save] for save in under if save in on_disk), None)
+        return on_disk.newest(lambda save: save <= copy.save and (save == copy.parent or save.epoch == copy.save.epoch))

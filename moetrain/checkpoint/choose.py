@@ -1,7 +1,7 @@
 """Which recovery point to trust, and from where: the newest that verifies, damaged experts replaced by older versions. No torch."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from math import prod
@@ -16,10 +16,10 @@ from moetrain.checkpoint.modes import is_derived
 from moetrain.store.encode import ArrayReader
 from moetrain.store.history import History
 from moetrain.store.io import Io
-from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId
+from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
-PointsInMemory = Callable[[Mapping[SaveId, Manifest]], list[Manifest]]
+PointsInMemory = Callable[[History], list[Manifest]]
 """Recovery points in the memory of nodes, newest first, given those of the folder that they may refer to."""
 Look = Callable[[CheckpointFolder, ObjectRecord, list[Piece]], str]
 """What is wrong with an object of which a manifest needs these pieces; "" when nothing is."""
@@ -93,17 +93,19 @@ def check(folder: CheckpointFolder, manifest: Manifest, look: Look) -> dict[str,
     return damage
 
 
-def nothing_in_memory(on_disk: Mapping[SaveId, Manifest]) -> list[Manifest]:
+def nothing_in_memory(on_disk: History) -> list[Manifest]:
     return []
 
 
 def newest_first(on_disk: History, memory: Sequence[Manifest]) -> Iterator[Manifest | CheckpointError]:
-    """All recovery points; of one save the one in memory first, for it may hold more experts of that step."""
+    """All recovery points; of one save the one in memory first, for it may hold more experts of that step. A damaged one on disk comes
+    before any in memory, so that it is told."""
     left = list(memory)
-    for save in on_disk:
-        while left and left[0].save >= save:
+    for save in on_disk.saves:
+        point = on_disk.look(save)
+        while isinstance(point, Manifest) and left and left[0].save >= save:
             yield left.pop(0)
-        yield on_disk.look(save)
+        yield point
     yield from left
 
 
@@ -133,7 +135,7 @@ def choose(path: Path, io: Io, look: Look = check_object, in_memory: PointsInMem
             return Choice(path, repaired, damage, is_in_memory)
         what = "copy in memory" if is_in_memory else "checkpoint"
         damage.append(f"The {what} of step {manifest.step} (seq {manifest.seq}) cannot be restored.")
-    if not on_disk and not memory:
+    if not on_disk.saves and not memory:
         return None
     raise CheckpointError(f"No checkpoint in {path} can be restored: {shortened(damage)}", "Start anew with checkpoint.resume=never.")
 
@@ -152,9 +154,7 @@ def repair(
     if any(tensor.group is None for tensor in touched):
         return None
     missing = {tensor.group for tensor in touched if tensor.group}
-    for source in older:
-        if not missing:
-            break
+    while missing and (source := next(older, None)) is not None:
         bad_there = check(folder, source, look)
         for group in sorted(missing):
             replaced = take_group(manifest, source, group, bad_there)

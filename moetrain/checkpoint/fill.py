@@ -1,7 +1,6 @@
 """Reads objects into live state: several side by side, and right into the tensors wherever what was saved has their shape."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -48,22 +47,16 @@ def fill(manifest: Manifest, state: ModelState, sources: Sources) -> tuple[dict[
         reader = sources.open(record)
         return _read_object(reader, wanted[record.name]), reader.bytes_from
 
-    for names, readers in _by_readers(wanted, sources):
-        with ThreadPoolExecutor(readers, "checkpoint-read") as pool:
-            for name, (sentence, count) in zip(names, pool.map(read, [manifest.objects[name] for name in names]), strict=True):
-                from_memory.update(count)
-                if sentence:
-                    damage[name] = sentence
+    copiers = min(READERS, cores_of_rank())  # what is in memory needs no waiting: more threads than cores push each other out of the caches
+    with ThreadPoolExecutor(READERS, "checkpoint-read") as waiting, ThreadPoolExecutor(copiers, "checkpoint-copy") as copying:
+        names = sorted(wanted, key=sources.is_here)
+        futures = [(copying if sources.is_here(name) else waiting).submit(read, manifest.objects[name]) for name in names]
+        for name, future in zip(names, futures, strict=True):
+            sentence, count = future.result()
+            from_memory.update(count)
+            if sentence:
+                damage[name] = sentence
     return damage, from_memory
-
-
-def _by_readers(wanted: Iterable[str], sources: Sources) -> list[tuple[list[str], int]]:
-    """Names of objects, and how many threads read them: several keep a disk or a network busy, but in the memory of this node more than
-    the rank has cores only get in each other's way."""
-    here, elsewhere = [], []
-    for name in wanted:
-        (here if sources.is_here(name) else elsewhere).append(name)
-    return [(here, min(READERS, cores_of_rank())), (elsewhere, READERS)]
 
 
 def _read_object(reader: ObjectReader, wanted: list[Want]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -16,6 +16,7 @@ from moetrain.checkpoint.modes import Selection, keeps_weights_fresh
 from moetrain.checkpoint.writer import with_checksums
 from moetrain.store.boxes import tiles
 from moetrain.store.encode import stored_dtype
+from moetrain.store.history import History
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece, SaveId, Tensor, seal, unseal
 from moetrain.store.parsing import parsing
 
@@ -142,7 +143,7 @@ def _groups(selection: Selection) -> set[Group]:
     return {(bank, expert) for bank, experts in selection.items() for expert in experts}
 
 
-def points_in_memory(generations: Sequence[Generation], disk: Mapping[SaveId, Manifest]) -> list[Manifest]:
+def points_in_memory(generations: Sequence[Generation], disk: History) -> list[Manifest]:
     """The recovery points that lie in memory, newest first: those of which every rank's part is there.
 
     Experts that a generation left out come from older generations of the same job or from the newest manifest on disk that is no younger,
@@ -174,15 +175,14 @@ class _Older:
     ledgers: dict[str, dict]
 
 
-def _below(job: SaveJob, disk: Mapping[SaveId, Manifest]) -> Manifest | None:
+def _below(job: SaveJob, disk: History) -> Manifest | None:
     """The newest checkpoint that its experts can come from: of the save itself, of one of its start before it, which may still have been
     on its way when the copy was made, or its parent."""
-    own = (save for save in sorted(disk, reverse=True) if save <= job.save and save.epoch == job.save.epoch)
-    good = (disk[save] for save in own if save in disk)
-    return next(good, None) or (disk.get(job.parent) if job.parent else None)
+    own = disk.newest(lambda save: save <= job.save and save.epoch == job.save.epoch)
+    return own or disk.newest(lambda save: save == job.parent)
 
 
-def _older(job: SaveJob, older: dict[SaveId, list[Generation]], disk: Mapping[SaveId, Manifest]) -> _Older:
+def _older(job: SaveJob, older: dict[SaveId, list[Generation]], disk: History) -> _Older:
     """Every expert at its newest step, whole, in memory (parts by save) or on disk."""
     found = _Older(_empty(job), {})
     if job.selection is None:

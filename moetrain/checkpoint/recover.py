@@ -30,6 +30,7 @@ from moetrain.checkpoint.source import DISK, Memory, Sources
 from moetrain.checkpoint.table import expert_table, size
 from moetrain.model.state import ModelState
 from moetrain.store.encode import ArrayReader
+from moetrain.store.history import History
 from moetrain.store.io import Io
 from moetrain.store.manifest import Group, Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder, resolve
@@ -144,7 +145,7 @@ def agreed_choice(
     if at == "never":
         return None
     path = folder if at in ("auto", "must") else resolve(Path(at))
-    if path != folder and in_memory({}):
+    if path != folder and in_memory(History(None)):
         with suppress(CheckpointError):
             return choose(folder, io or Io(), look, in_memory)
     choice = choose(path, io or Io(), look, in_memory if path == folder else nothing_in_memory)

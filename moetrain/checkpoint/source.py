@@ -2,11 +2,9 @@
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from errno import EIO
 from math import prod
-from mmap import MAP_POPULATE, MAP_SHARED, PROT_READ, mmap
 
 import numpy as np
 
@@ -16,7 +14,8 @@ from moetrain.checkpoint.choose import open_object, read_values
 from moetrain.checkpoint.generation import Generation, Held, points_in_memory
 from moetrain.checkpoint.wire import Address, ask
 from moetrain.store.encode import ArrayReader, stored_dtype
-from moetrain.store.manifest import Manifest, ObjectRecord, Piece, SaveId
+from moetrain.store.history import History
+from moetrain.store.manifest import Manifest, ObjectRecord, Piece
 from moetrain.store.objects import CheckpointFolder
 
 HERE, DISK = "the memory of this node", "disk"
@@ -51,7 +50,7 @@ class Memory:
         """0: nothing is here."""
         return max((one.save.seq for one in self.generations), default=0)
 
-    def points(self, on_disk: Mapping[SaveId, Manifest]) -> list[Manifest]:
+    def points(self, on_disk: History) -> list[Manifest]:
         """Recovery points, newest first."""
         return points_in_memory(self.generations, on_disk)
 
@@ -74,7 +73,7 @@ class MemoryReader:
                 dtype = stored_dtype(self._place.held.dtype)
                 values = np.empty(prod(piece.shape), dtype) if out is None else out
                 with suppress(OSError):
-                    if self._place.read_into(values.view(np.uint8), piece.start * dtype.itemsize) == piece.crc:
+                    if self._place.read_into(values.view(np.uint8).data, piece.start * dtype.itemsize) == piece.crc:
                         return values
             if not self._left:
                 raise CheckpointError(f"{self._name} is damaged in memory: its values are not the ones that were saved.")
@@ -89,26 +88,25 @@ class MemoryReader:
 
 
 class SlotFile:
-    """An object in the arena of this node, mapped whole at once: to read the file takes a quarter longer."""
+    """An object in the arena of this node: a file, which is read, not mapped: a page that cannot be read is an error and no signal."""
 
     def __init__(self, held: Held) -> None:
-        """Raises OSError, also when the file is shorter than what it should hold: behind its end a mapping ends the process."""
         self.held = held
-        with open(held.slot, "rb") as file:
-            if os.fstat(file.fileno()).st_size < held.num_bytes:
-                raise OSError(EIO, "too short for its values", held.slot)
-            whole = mmap(file.fileno(), held.num_bytes, MAP_SHARED | MAP_POPULATE, PROT_READ) if held.num_bytes else b""
-            self._content = np.frombuffer(whole, np.uint8)
 
-    def read_into(self, memory: np.ndarray, offset: int) -> int | None:
-        """Fills `memory` and returns the CRC32C of what it holds now; None when the object ends early."""
-        if offset + len(memory) > len(self._content):
-            return None
-        crc = 0
-        for start in range(0, len(memory), BLOCK_BYTES):
-            block = memory[start : start + BLOCK_BYTES]
-            np.copyto(block, self._content[offset + start : offset + start + len(block)])  # lets other threads run
-            crc = crc32c(block, crc)
+    def read_into(self, memory: memoryview, offset: int) -> int | None:
+        """Fills `memory` and returns the CRC32C of what it holds now; None when the slot ends early. Raises OSError."""
+        crc, position = 0, 0
+        descriptor = os.open(self.held.slot, os.O_RDONLY)
+        try:
+            while position < len(memory):
+                block = memory[position : position + BLOCK_BYTES]
+                count = os.preadv(descriptor, [block], offset + position)
+                if not count:
+                    return None
+                crc = crc32c(block[:count], crc)
+                position += count
+        finally:
+            os.close(descriptor)
         return crc
 
 
@@ -118,7 +116,7 @@ class Received:
     def __init__(self, held: Held, content: memoryview) -> None:
         self.held, self._content = held, content
 
-    def read_into(self, memory: np.ndarray, offset: int) -> int | None:
+    def read_into(self, memory: memoryview, offset: int) -> int | None:
         """As of a SlotFile."""
         found = self._content[offset : offset + len(memory)]
         if len(found) != len(memory):
@@ -161,7 +159,7 @@ class Sources:
         self._folder, self._memory = folder, memory
 
     def is_here(self, name: str) -> bool:
-        """Whether it lies in this node's memory: nothing has to be waited for."""
+        """Whether it lies in this node's memory."""
         return self._memory.is_here(name)
 
     def open(self, record: ObjectRecord) -> ObjectReader:

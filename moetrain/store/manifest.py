@@ -79,12 +79,8 @@ class Tensor:
 
     @classmethod
     def of_json(cls, found: dict) -> "Tensor":
-        pieces = [
-            Piece(tuple(one["offset"]), tuple(one["shape"]), one["object"], one["start"], one["crc"], one["value"])
-            for one in found["pieces"]
-        ]
-        name, component, bank, expert = found["name"], found["component"], found["bank"], found["expert"]
-        return cls(name, component, bank, expert, found["dtype"], tuple(found["shape"]), tuple(pieces))
+        pieces = tuple(Piece(**piece | {"offset": tuple(piece["offset"]), "shape": tuple(piece["shape"])}) for piece in found["pieces"])
+        return cls(**found | {"shape": tuple(found["shape"]), "pieces": pieces})
 
 
 @dataclass(frozen=True)

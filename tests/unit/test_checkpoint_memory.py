@@ -14,6 +14,7 @@ from moetrain.checkpoint.ledger import Ledger
 from moetrain.checkpoint.plan import Holding
 from moetrain.checkpoint.recover import agreed_choice
 from moetrain.checkpoint.shelf import GENERATIONS
+from moetrain.store.history import History
 from moetrain.store.io import Io
 from moetrain.store.manifest import Manifest, SaveId
 from moetrain.store.objects import CheckpointFolder
@@ -138,14 +139,19 @@ def test_a_slot_that_became_too_short_leaves_the_good_checkpoint(tmp_path):
     job.save(1)
     agent = job.nodes[0].agent
     held = next(held for one in agent.generations.values() for held in one.held.values() if held.num_bytes)
-    os.truncate(held.slot, held.num_bytes - 1)  # to read a mapping behind its end would end the process
+    os.truncate(held.slot, held.num_bytes - 1)
     assert assert_goes_on_from(job, 1).read.keys() == {"disk", "the memory of this node"}
 
 
-def test_a_recovery_reads_only_the_manifests_that_it_needs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("copies", [0, 1, 3], ids=["disk", "the same save", "a newer copy"])
+def test_a_recovery_reads_only_the_newest_manifest(tmp_path, monkeypatch, copies):
     job = Job(tmp_path, 1, 1, nodes=nodes_of(1), keep=5)
     for step in range(1, 5):
         job.save(step, full=True)
+    for step in range(5, 4 + copies):
+        job.copy(step)
+    if not copies:
+        job.nodes[0] = LocalNode()  # another machine
     read, manifest = [], CheckpointFolder.manifest
 
     def noted(folder: CheckpointFolder, save: SaveId) -> Manifest:
@@ -153,8 +159,23 @@ def test_a_recovery_reads_only_the_manifests_that_it_needs(tmp_path, monkeypatch
         return manifest(folder, save)
 
     monkeypatch.setattr(CheckpointFolder, "manifest", noted)
-    assert_goes_on_from(job, 4)
+    assert_goes_on_from(job, max(4, 3 + copies))
     assert set(read) == {4}
+
+
+@pytest.mark.parametrize("snapshot_experts", [0, 1], ids=["whole", "some experts"])
+def test_a_damaged_checkpoint_below_a_newer_copy_is_told_and_not_built_on(tmp_path, snapshot_experts):
+    job = Job(tmp_path, 1, 1, nodes=nodes_of(1), keep=5, snapshot_experts=snapshot_experts)
+    for step in (1, 2):
+        job.save(step, full=True)
+    job.copy(3)
+    flip(next((tmp_path / "manifests").glob(f"*{manifests(tmp_path)[0].save}.json")), 40)
+    again = restart(job, snapshot_experts)
+    report, _ = again.load()
+    assert report is not None and report.step == 3
+    assert any("is damaged" in line for line in report.damaged)
+    again.save(4)
+    assert manifests(tmp_path)[0].full
 
 
 def test_an_object_damaged_in_memory_and_on_disk_comes_from_the_older_checkpoint(tmp_path):
@@ -256,7 +277,7 @@ def test_what_two_nodes_have_counts_once_and_the_fuller_part_of_two(tmp_path):
     own = [one for node in job.nodes for one in node.agent.generations.values()]
     copies = [replace(one, is_copy=True) for one in own]
     for listed in (own + copies, [one.only(set()) for one in own] + copies, copies + [one.only(set()) for one in own]):
-        (wanted, *_), (found, *_) = points_in_memory(own, {}), points_in_memory(listed, {})
+        (wanted, *_), (found, *_) = points_in_memory(own, History(None)), points_in_memory(listed, History(None))
         assert (found.step, found.ages()) == (1 + 2 * NUM_EXPERTS, wanted.ages())
 
 

@@ -1,14 +1,18 @@
 """What a rank may use beside training."""
 
+import os
+
 import pytest
 
 from moetrain.base import cores
 
 
 @pytest.mark.parametrize(
-    ("usable", "ranks", "expected"), [(8, "2", 4), (8, "3", 2), (2, "8", 1), (6, None, 6), (6, "0", 6), (6, "many", 6)]
+    ("usable", "ranks", "expected"),
+    [(8, "2", 4), (8, "3", 2), (8, "16", 1), (8, None, 8), (8, "0", 8), (8, "many", 8), (3, "2", 3), (2, "1", 2)],
 )
-def test_the_ranks_of_a_node_divide_its_cores(monkeypatch, usable, ranks, expected):
+def test_ranks_divide_a_machine_unless_they_are_bound(monkeypatch, usable, ranks, expected):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(cores, "usable_cores", lambda: usable)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if ranks is not None:
