@@ -15,8 +15,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "docs/overlap.md", "docs/scmoe.md")
-ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([^`:]+)(?::([^`]+))?` \|.*)$", re.MULTILINE)
+PAGES = ("README.md", "docs/checkpoint.md", "docs/overlap.md", "docs/scmoe.md")
+ROW = re.compile(r"^(\| [^|]+ \| )([^|]+)( \| `(benchmarks/\w+\.json)` `([^`]+?)(?::([^` ]+))?` \|.*)$", re.MULTILINE)
+LIKE_A_ROW = re.compile(r"^\|.*`benchmarks/\w+\.json` `.*$", re.MULTILINE)
 
 
 def figure(root: Path, file: str, key: str, style: str | None) -> str:
@@ -38,7 +39,9 @@ def figure(root: Path, file: str, key: str, style: str | None) -> str:
 
 
 def quoted(page: str, root: Path) -> str:
-    """The page with every figure as its file says."""
+    """The page with every figure as its file says. Raises ValueError for a row that names a figure in another form."""
+    if wrong := [line for line in LIKE_A_ROW.findall(page) if not ROW.fullmatch(line)]:
+        raise ValueError(f"this row's figure would stay as it is: {wrong[0]}")
     return ROW.sub(lambda row: f"{row[1]}{figure(root, row[4], row[5], row[6])}{row[3]}", page)
 
 

@@ -93,6 +93,38 @@ def test_modes_restore_what_they_promise_whatever_the_shards(tmp_path: Path) -> 
         assert (0 in expert_fragments(by_rank, number)) is (ep == 1), "a rank without experts"
 
 
+def pass_on(world: World, folder: Path, ep: int, dense: str, number: int) -> list[Fragment]:
+    """Goes on from what other ranks saved, trains nothing and saves it; the first start trains two steps."""
+    engine = engine_of(world, ep, dense)
+    checkpoint = Checkpointer(
+        folder, CheckpointConfig(mode="full"), world.rank, world.size, world.agree, SystemClock(), gather=world.gather, board=world.board()
+    )
+    if number:
+        report = checkpoint.load(engine.state(), "must")
+        assert report is not None and report.step == number
+    else:
+        engine.initialize(1)
+        for step in range(2):
+            engine.step([micro_batch(step, world.rank + 1)], 1e-3, lambda: None)
+    state = engine.state()
+    pending = checkpoint.save(state, {"step": number + 1}, full=True)
+    pending.wait_copied()
+    checkpoint.finish(60)
+    return detached(state)
+
+
+@pytest.mark.timeout(240)
+def test_state_passes_through_other_numbers_of_ranks_without_changing_a_bit(tmp_path: Path) -> None:
+    worlds = [(4, 4, "replicate"), (2, 2, "fsdp"), (1, 1, "replicate"), (3, 3, "fsdp"), (4, 4, "fsdp"), (2, 1, "fsdp"), (3, 1, "replicate")]
+    first: dict[str, Tensor] = {}
+    for number, (size, ep, dense) in enumerate(worlds):
+        by_rank = run_ranks(pass_on, size, tmp_path, tmp_path / "checkpoint", ep, dense, number, timeout=100, limit=60.0)
+        found = assemble([fragment for rank in by_rank for fragment in rank])
+        first = first or found
+        assert found.keys() == first.keys()
+        assert [key for key in first if not torch.equal(found[key], first[key])] == [], (size, ep, dense)
+
+
 def expert_fragments(by_rank: list[list[list[list[Fragment]]]], number: int) -> list[int]:
     """How many each rank holds."""
     return [sum(fragment.bank is not None for fragment in rank[number][0]) for rank in by_rank]

@@ -131,15 +131,34 @@ def test_figures_in_the_readme_are_those_of_the_benchmarks() -> None:
 def test_figures_are_quoted_with_their_format(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "a.json").write_text(
-        json.dumps({"ok": True, "x": {"y": 1.23456}, "kills": [1, 2, 3], "bytes": 318000, "r": {"median": 1, "low": 0.5, "high": 2}})
+        json.dumps(
+            {
+                "ok": True,
+                "x": {"y": 1.23456},
+                "kills": [1, 2, 3],
+                "bytes": 318000,
+                "r": {"median": 1, "low": 0.5, "high": 2},
+                "floor: z": 0.25,
+            }
+        )
     )
     row = "| name | see benchmarks/a.json | `benchmarks/a.json` `{}` | |"
-    cases = (("ok", "yes"), ("x.y:.3f", "1.235"), ("kills:len", "3"), ("bytes:,d", "318,000"), ("r:.1f", "1.0 (0.5 to 2.0)"))
+    cases = (
+        ("ok", "yes"),
+        ("x.y:.3f", "1.235"),
+        ("kills:len", "3"),
+        ("bytes:,d", "318,000"),
+        ("r:.1f", "1.0 (0.5 to 2.0)"),
+        ("floor: z", "0.25"),
+        ("floor: z:.1f", "0.2"),
+    )
     for key, shown in cases:
         assert quoted(row.format(key), tmp_path) == row.format(key).replace("see benchmarks/a.json", shown)
     assert quoted(row.replace("a.json", "absent.json").format("x"), tmp_path).count("see benchmarks/absent.json") == 1
     with pytest.raises(KeyError):
         figure(tmp_path, "benchmarks/a.json", "x.z", None)
+    with pytest.raises(ValueError, match="would stay as it is"):
+        quoted("| name | 1 | of `benchmarks/a.json` `ok` | |", tmp_path)
 
 
 def test_the_check_of_figures_is_a_command() -> None:
