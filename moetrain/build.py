@@ -25,6 +25,7 @@ from moetrain.data.manifest import Manifest
 from moetrain.data.prepare import ensure_prepared
 from moetrain.data.windows import evaluation_windows
 from moetrain.dist.mesh import Mesh, auto_ep
+from moetrain.dist.same import flat, require_same
 from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.model.count import training_flops_per_token
@@ -63,9 +64,17 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
+def settings_of(config: TrainConfig, world: World) -> dict[str, object]:
+    """What ranks cannot train together without having in common. Paths may differ from machine to machine."""
+    sections = {name: asdict(getattr(config, name)) for name in ("model", "parallel", "engine", "optim", "train")}
+    common = {"run.seed": config.run.seed, "data.seq_len": config.data.seq_len, "data.seed": config.data.seed}
+    return flat(sections) | common | {"kind of device": world.device.type, "torch": torch.__version__}
+
+
 def build(config: TrainConfig, folder: Path, world: World, stop: Stop) -> Run:
     """Everything a run needs, in the order in which it comes to be."""
     clock = SystemClock()
+    require_same(world, settings_of(config, world))
     mesh = Mesh(world, config.parallel.ep or auto_ep(world.size, config.model.routing.num_experts))
     corpora = open_corpora(config.data)
     content = content_of(corpora, config.model.vocab_size)

@@ -104,7 +104,7 @@ class _Wait(torch.autograd.Function):
         exchange: Exchange = ctx.exchange  # type: ignore[attr-defined]
         name = f"gradient of {exchange.name}"
         exchange.backward = launch(name, grad, exchange.receive_sizes, exchange.send_sizes, exchange.axis)
-        return grad, None  # a placeholder of the right shape; Start's backward returns what came
+        return grad.new_empty(1).expand(grad.shape), None  # a placeholder as in Start; Start's backward returns what came
 
 
 class CountExchange:

@@ -1,7 +1,7 @@
 """Notices a rank that no longer runs: killed, frozen or cut off, also where no closed connection tells.
 
 Rank 0 hears every rank; the others hear rank 0 only, which passes on what it found. A beat is one key written and one read for every rank
-(rank 0: one read of all), whatever the world size. No collective: the main thread may be inside one that never ends.
+(rank 0: one read of all that were heard before), whatever the world size. No collective: the main thread may be inside one that never ends.
 """
 
 import socket
@@ -16,6 +16,7 @@ from moetrain.dist.watch import end_process
 
 BEATS_PER_LIMIT = 5
 LEFT = "left"  # the last beat of a rank that ended as it should
+FAILED = "failed"  # begins the last beat of one that ended with an error; its host and the error follow
 VERDICT = "verdict"
 
 
@@ -49,10 +50,11 @@ class Heartbeat:
         for thread in self._threads:
             thread.start()
 
-    def stop(self) -> None:
-        """A good end: the others do not miss this rank. Waits for no store that does not answer."""
+    def stop(self, error: str = "") -> None:
+        """At a good end the others do not miss this rank; after an error they do, and know it. Waits for no store that does not answer."""
         self._ended.set()
-        leaving = threading.Thread(target=self._leave, daemon=True)
+        last = f"{FAILED} {socket.gethostname()} {error}" if error else LEFT
+        leaving = threading.Thread(target=self._leave, args=(last,), daemon=True)
         leaving.start()
         leaving.join(self._limit / BEATS_PER_LIMIT)
 
@@ -62,7 +64,7 @@ class Heartbeat:
         try:
             self._store.set(str(self._rank), f"{self._beats} {socket.gethostname()}")
             verdict = self._store.get(VERDICT).decode() if self._store.check([VERDICT]) else ""
-            known = [other for other in self._others if self._store.check([str(other)])]
+            known = [other for other in self._others if other in self._hosts or self._store.check([str(other)])]
             beats = self._store.multi_get([str(other) for other in known]) if known else []
         except RuntimeError:
             return
@@ -91,9 +93,12 @@ class Heartbeat:
         if beat != self._heard[other][0]:
             self._heard[other] = (beat, now)
             if beat != LEFT:
-                self._hosts[other] = beat.partition(" ")[2]
+                self._hosts[other] = beat.split(" ")[1]
 
     def _sentence(self, late: list[int], now: float) -> str:
+        if failed := [other for other in late if self._heard[other][0].startswith(FAILED)]:
+            error = self._heard[failed[0]][0].split(" ", 2)[2]
+            return f"Rank {failed[0]} on {self._hosts[failed[0]]} ended: {error} Every rank ends, so that the job can start again."
         names = ", ".join(f"rank {other} on {self._hosts[other]}" if other in self._hosts else f"rank {other}" for other in late)
         seconds = max(now - self._heard[other][1] for other in late)
         why = "killed, frozen or cut off. Every rank ends, so that the job can start again."
@@ -105,9 +110,9 @@ class Heartbeat:
         except RuntimeError:
             return  # they will find out in the same way
 
-    def _leave(self) -> None:
+    def _leave(self, last: str) -> None:
         try:
-            self._store.set(str(self._rank), LEFT)
+            self._store.set(str(self._rank), last)
         except RuntimeError:
             return
 

@@ -70,7 +70,7 @@ class Rehearsal(World):
         self._recorder.__enter__()
         return self
 
-    def close(self) -> None:
+    def close(self, error: str = "") -> None:
         self._recorder.__exit__(None, None, None)
         for group in self._made:
             dist.destroy_process_group(group)
@@ -139,7 +139,7 @@ class _Recorder(TorchDispatchMode):
         self, func: OpOverload, types: Sequence[type], args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         if func.namespace in ("c10d", "_c10d_functional"):
-            self._record(func, args)
+            self._record(func, args, kwargs or {})
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d" and len(args) > 1:
             outputs, inputs = ([leaf for leaf in tree_leaves(arg) if isinstance(leaf, Tensor)] for arg in args[:2])
@@ -147,8 +147,8 @@ class _Recorder(TorchDispatchMode):
                 imitate(inputs[0], output)
         return result
 
-    def _record(self, func: OpOverload, args: tuple[object, ...]) -> None:
-        given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False))
+    def _record(self, func: OpOverload, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+        given = dict(zip([argument.name for argument in func._schema.arguments], args, strict=False)) | kwargs
         name = given.get("group_name")
         if "process_group" in given:
             name = dist.ProcessGroup.unbox(given["process_group"]).group_name  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from moetrain.base.clock import Clock, SystemClock
 from moetrain.base.errors import TrainingError
 
 _LOST = ("onnection", "closed by peer", "pair closure", "Broken pipe")  # what gloo and the store say when a peer's process ended
+JOINING = ("joining the process group", "making the ")  # operations in which ranks connect to each other for the first time
 
 
 class Work(Protocol):
@@ -61,12 +62,18 @@ class Watch:
             self.watchdog.track(name, work)
 
     def _retell(self, name: str, seconds: float, text: str) -> TrainingError | None:
+        if "CUDA error" in text:
+            return None
         if "imed out" in text or "imeout" in text:
             hint = f"Look at what the other ranks were doing; the limit is parallel.timeout_seconds={self.timeout_seconds:g}."
             return TrainingError(overdue_sentence(self.rank, name, seconds), hint)
         if any(word in text for word in _LOST):
             sentence = f"Rank {self.rank} lost the connection to another rank after {seconds:.1f} s in: {name}."
-            return TrainingError(sentence, "The first rank that failed says why.")
+            said = text.strip().splitlines()[-1][-200:]
+            hint = f"The first rank that failed says why. This one was told: {said}"
+            if name.startswith(JOINING):
+                hint += " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME choose the interface; its address is what host names must stand for."
+            return TrainingError(sentence, hint)
         return None
 
 

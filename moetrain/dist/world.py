@@ -21,6 +21,7 @@ from moetrain.base.log import logger
 from moetrain.dist.board import Board, DictBoard, StoreBoard
 from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.meeting import OPERATION, meet_by_environment
+from moetrain.dist.transport import Passed
 from moetrain.dist.watch import Watch, Watchdog
 
 T = TypeVar("T")
@@ -105,12 +106,12 @@ class World:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close("" if error is None or isinstance(error, SystemExit) and not error.code else one_line(error))
 
-    def close(self) -> None:
-        """Leaves the process group; holds no collective, so a failing rank does not wait for the others."""
+    def close(self, error: str = "") -> None:
+        """Leaves the process group; holds no collective, so a failing rank does not wait for the others. `error`: why, when it fails."""
         if self._heartbeat is not None:
-            self._heartbeat.stop()
+            self._heartbeat.stop(error)
             self._heartbeat = None
         if self.watch.watchdog is not None:
             self.watch.watchdog.stop()
@@ -152,8 +153,9 @@ class World:
             with self.watch.operation(name):
                 work = dist.all_reduce(tensor, group=group or self.group, async_op=True)
                 assert work is not None
-                self.watch.track(name, work)
                 work.wait()
+                if tensor.is_cuda and self.watch.watchdog:
+                    self.watch.track(name, Passed(tensor.device))
         return tensor
 
     def barrier(self, name: str) -> None:
@@ -182,6 +184,11 @@ class World:
         slots[self.rank].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.sum_(buffer, name=name)
         return [json.loads(slot.numpy().tobytes()) for slot in slots]
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for the others to read."""
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:300]}"
 
 
 def local_device(local_rank: int, size: int, local_size: int) -> torch.device:

@@ -4,6 +4,7 @@ The overlap is the order of the calls: rows leave when the shortcut tensor exist
 added at the end. B sequences, S tokens, D hidden.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -93,7 +94,8 @@ class RoutedBlock(nn.Module):
     def _second_choice(self, h_BSD: Tensor, first: Trip, context: ForwardContext) -> Trip:
         """DGMoE: the current token chooses too, and not what its shortcut has."""
         taken = first.routing if self.distinct else None
-        return self.moe.start(self.moe.norm(h_BSD), self.schedule.num_chunks, context, taken)
+        trip = self.moe.start(self.moe.norm(h_BSD), self.schedule.num_chunks, context, taken)
+        return replace(trip, copies=first.copies)
 
     def _combined(self, h_BSD: Tensor, trips: list[Trip], weight: Tensor | None, context: ForwardContext) -> BlockOutput:
         """The stream with what the experts say; `weight` is the routed half of a two-way gate. A second trip's experts run here."""

@@ -3,16 +3,25 @@
 R rows sorted by expert slot, e experts of this rank, D hidden, F FFN.
 """
 
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import linear
 
 from moetrain.model.config import fits_grouped_mm
 from moetrain.model.mlp import gated
 
 METHODS = ("auto", "loop", "bmm", "grouped_mm")
+
+
+@dataclass
+class Copies:
+    """Weights in autocast's type, made by who needs them first."""
+
+    by_name: dict[str, Tensor] = field(default_factory=dict)
 
 
 class ExpertBank(Protocol):
@@ -22,8 +31,9 @@ class ExpertBank(Protocol):
         """A hint that these global experts are needed soon; returns at once."""
         ...
 
-    def __call__(self, rows_RD: Tensor, count_e: Tensor) -> Tensor:
-        """Expert outputs [R, D]; count_e (int64, host) says how many consecutive rows each slot takes."""
+    def __call__(self, rows_RD: Tensor, count_e: Tensor, copies: Copies | None = None) -> Tensor:
+        """Expert outputs [R, D]; count_e (int64, host) says how many consecutive rows each slot takes. `copies`: of one visit, so that
+        under autocast all its chunks share one copy of the weights; None: every call makes its own."""
         ...
 
 
@@ -39,25 +49,54 @@ class Experts(nn.Module):
     def prefetch(self, experts: tuple[int, ...]) -> None:
         """Resident weights are always there."""
 
-    def forward(self, rows_RD: Tensor, count_e: Tensor) -> Tensor:
-        return grouped_swiglu(rows_RD, count_e, self.gate_up_proj, self.down_proj, self.method)
+    def forward(self, rows_RD: Tensor, count_e: Tensor, copies: Copies | None = None) -> Tensor:
+        gate_up, down = self._weight("gate_up_proj", rows_RD, copies), self._weight("down_proj", rows_RD, copies)
+        return grouped_swiglu(rows_RD, count_e, gate_up, down, self.method)
+
+    def _weight(self, name: str, rows_RD: Tensor, copies: Copies | None) -> Tensor:
+        weight = getattr(self, name)
+        kind = rows_RD.device.type
+        if copies is None or not torch.is_autocast_enabled(kind) or weight.dtype != torch.float32:
+            return weight
+        if name not in copies.by_name:
+            copies.by_name[name] = weight.detach().to(torch.get_autocast_dtype(kind))
+        return cast(Tensor, _InLowPrecision.apply(weight, copies.by_name[name]))
+
+
+class _InLowPrecision(torch.autograd.Function):
+    """A parameter as its copy in another type, of which there is one for many uses. Gradients are summed in the parameter's type."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, weight: Tensor, copy: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype  # type: ignore[attr-defined]
+        return copy.detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None  # type: ignore[attr-defined]
 
 
 def grouped_swiglu(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, method: str = "auto") -> Tensor:
     """SwiGLU of every row by its slot's weights. The three methods agree within rounding (tests state the tolerance).
 
     auto: `grouped_mm` on CUDA in bfloat16 where widths allow it, else `loop`: on CPUs it ties with `grouped_mm`, ahead of `bmm`
-    (benchmarks/experts_cpu.json).
+    (benchmarks/experts_cpu.json). On Blackwell `loop`, too: torch's kernel gives experts without rows wrong gradients there
+    (pytorch issues 172439 and 193633).
     """
     if method == "auto":
         low = rows_RD.dtype == torch.bfloat16 or torch.is_autocast_enabled(rows_RD.device.type)
         fits = fits_grouped_mm(rows_RD.shape[1], down_eDF.shape[2], 2)
-        method = "grouped_mm" if rows_RD.is_cuda and low and fits else "loop"
+        method = "grouped_mm" if low and fits and _has_sound_grouped_mm(rows_RD.device) else "loop"
     if method == "loop":
         return _loop(rows_RD, count_e, gate_up_eGD, down_eDF)
     if method == "bmm":
         return _padded_bmm(rows_RD, count_e, gate_up_eGD, down_eDF)
     return _grouped_mm(rows_RD, count_e, gate_up_eGD, down_eDF)
+
+
+def _has_sound_grouped_mm(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 10
 
 
 def _loop(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
@@ -74,8 +113,8 @@ def _padded_bmm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF:
     place_R = torch.arange(rows_RD.shape[0], device=rows_RD.device) - start_e[slot_R]
     height = max(int(count_e.max()), 1) if count_e.numel() else 1
     padded = rows_RD.new_zeros(count_e.numel(), height, rows_RD.shape[1]).index_put((slot_R, place_R), rows_RD)
-    hidden = gated(torch.bmm(padded, gate_up_eGD.transpose(1, 2).to(padded.dtype)))
-    return torch.bmm(hidden, down_eDF.transpose(1, 2).to(hidden.dtype))[slot_R, place_R]
+    hidden = gated(torch.bmm(padded, gate_up_eGD.transpose(1, 2)))
+    return torch.bmm(hidden, down_eDF.transpose(1, 2))[slot_R, place_R]
 
 
 def _grouped_mm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
@@ -83,6 +122,8 @@ def _grouped_mm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF:
     if torch.is_autocast_enabled(rows_RD.device.type):
         dtype = torch.get_autocast_dtype(rows_RD.device.type)
         rows_RD, gate_up_eGD, down_eDF = rows_RD.to(dtype), gate_up_eGD.to(dtype), down_eDF.to(dtype)
-    end_e = count_e.cumsum(0).to(device=rows_RD.device, dtype=torch.int32)
+    end_e = count_e.cumsum(0).to(torch.int32)
+    if rows_RD.is_cuda:  # from pinned memory the host need not wait until the device comes by
+        end_e = end_e.pin_memory().to(rows_RD.device, non_blocking=True)
     hidden = gated(torch.nn.functional.grouped_mm(rows_RD, gate_up_eGD.transpose(1, 2), offs=end_e))
     return torch.nn.functional.grouped_mm(hidden, down_eDF.transpose(1, 2), offs=end_e)

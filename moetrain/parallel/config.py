@@ -11,7 +11,7 @@ class OverlapConfig:
     chunks: int = 1  # token chunks, computed one while another travels; 0 = by measured times (then reruns differ by rounding)
     max_chunks: int = 4  # the most of them where their number is chosen
     measure_every: int = 500  # steps between measurements, in whose steps no exchange overlaps; 0 = once, and again only after changes
-    tolerance: float = 0.1  # measure again when the share of a step that is spent waiting for exchanges has changed by more
+    tolerance: float = 0.1  # measure again when the share of a step that is spent waiting for exchanges has changed by more; 0: never
 
 
 @dataclass
@@ -21,7 +21,7 @@ class ParallelConfig:
     ep: int = 0  # expert-parallel ranks; divides the world; auto = the largest divisor of the world <= num_experts
     dense: str = "replicate"  # dense parameters: replicate | fsdp (FSDP2 over all ranks; experts over their edp ranks)
     placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
-    wire_dtype: str = "same"  # of rows and their gradients on the way to experts and back: same (as computed) | bfloat16 (half of float32)
+    wire_dtype: str = "auto"  # of rows to experts and back: same (as computed) | bfloat16 | auto: bfloat16 where experts compute in it
     check_order: bool = True  # before the first step: all ranks must be about to make the same collective calls, or the job ends
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation

@@ -29,7 +29,7 @@ from moetrain.parallel.fragments import bank_of, model_state
 from moetrain.parallel.gradients import GradientSync
 from moetrain.parallel.observer import StepObserver
 from moetrain.parallel.planner import OverlapPlanner
-from moetrain.parallel.precision import WIRE_DTYPES, autocast_dtype
+from moetrain.parallel.precision import autocast_dtype, wire_dtype
 from moetrain.parallel.sums import StepSums
 from moetrain.routing.balance import updated_bias
 from moetrain.routing.placement import Placement
@@ -53,7 +53,7 @@ class TorchEngine:
         self.observer = StepObserver(OverlapPlanner(parallel.overlap, blocks, world), mesh.ep)
 
     def _sharded_model(self, parallel: ParallelConfig, engine: EngineConfig) -> GPT:
-        self.mesh.ep.link.wire_dtype = WIRE_DTYPES[parallel.wire_dtype]
+        self.mesh.ep.link.wire_dtype = wire_dtype(parallel.wire_dtype, self.autocast)
         placement = Placement.balanced(self.config.routing.num_experts, self.mesh.ep.size, parallel.placement_seed)
         site = BankSite(placement.experts[self.mesh.ep.index], AllToAllDispatcher(self.mesh.ep, placement))
         model = meta_model(self.config, lambda bank: site, engine.experts).to(getattr(torch, engine.dtype))

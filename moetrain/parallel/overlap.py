@@ -162,7 +162,7 @@ class Drift:
     """
 
     def __init__(self, tolerance: float) -> None:
-        """tolerance: a change of the share of a step that is spent waiting."""
+        """tolerance: a change of the share of a step that is spent waiting; 0: nothing is noticed."""
         self.tolerance = tolerance
         self.restart()
 
@@ -177,4 +177,4 @@ class Drift:
             self._normal.append(waited_share)
             return False
         self._recent = [*self._recent, waited_share][-RECENT:]
-        return len(self._recent) == RECENT and abs(median(self._recent) - median(self._normal)) > self.tolerance
+        return bool(self.tolerance) and len(self._recent) == RECENT and abs(median(self._recent) - median(self._normal)) > self.tolerance

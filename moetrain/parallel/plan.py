@@ -16,7 +16,6 @@ from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.store.manifest import WEIGHT16
 
 VALUE_BYTES = {"float32": 4, "float64": 8}
-WIRE_BYTES = {"same": 8, "bfloat16": 2}  # at most, per value of a row under way
 STEP_BYTES = 8
 COMPONENTS = ("master", "m", "v", "step")  # as in model/state.py, which needs torch
 AUTO_MICRO_BATCH = 8
@@ -174,13 +173,17 @@ def make_plan(
         experts_per_rank=(num_experts // axes.ep, ceil(num_experts / axes.ep)),
         training_flops_per_token=training_flops_per_token(model, batch.seq_len),
         memory=memory(model, parallel, engine, axes, batch, low_precision),
-        all_to_all_bytes=all_to_all_bytes(
-            model, axes, batch, min(VALUE_BYTES[engine.dtype], WIRE_BYTES[parallel.wire_dtype]), low_precision
-        ),
+        all_to_all_bytes=all_to_all_bytes(model, axes, batch, wire_bytes(parallel, engine, low_precision), low_precision),
         checkpoint=checkpoint_size(model, VALUE_BYTES[engine.dtype], axes.world, saving),
         activation_dtype="bfloat16" if low_precision else engine.dtype,
         notes=notes,
     )
+
+
+def wire_bytes(parallel: ParallelConfig, engine: EngineConfig, low_precision: bool) -> int:
+    """Per value of a row on its way to an expert."""
+    auto = 2 if low_precision else 8
+    return min(VALUE_BYTES[engine.dtype], {"auto": auto, "same": 8, "bfloat16": 2}[parallel.wire_dtype])
 
 
 def memory(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, axes: Axes, batch: Batch, low_precision: bool) -> Memory:

@@ -20,7 +20,8 @@ from moetrain.telemetry.lanes import Lanes
 WARM_UP = 1  # steps before the first measurement: they fill caches and open connections
 ENOUGH = 8  # visits of like blocks in one measurement: of fewer, one busy moment could pass for the normal state
 MOST_STEPS = 4  # steps that one measurement takes at most, for models of few blocks
-PAUSE = 10  # steps after a plan in which a drift asks for no other
+PAUSE = 10  # steps after a plan in which a drift asks for no other; twice as many after each that it asked for and that changed nothing
+LONGEST_PAUSE = 640
 
 Likeness = tuple[tuple[str, ...], int]  # operators and trips: blocks that are alike in them share one schedule
 Plan = dict[Likeness, Schedule]
@@ -46,10 +47,13 @@ class OverlapPlanner:
         self._drift = Drift(config.tolerance)
         self._num_steps = 0
         self._since: int | None = None  # steps since the last plan; None before the first
-        self._has_drifted = False
+        self._has_drifted = False  # in the last steps
+        self._is_for_drift = False  # the measurement that is under way, or was the last
+        self._pause = PAUSE
         self._measured: list[list[tuple[Site, OperatorTimes]]] = []  # this rank's visits, by step of the measurement that is under way
         self._plans: list[Plan] = []  # what the last measurement left to choose from, in ever more chunks
         self._trial: Trial | None = None  # of these, while it is under way
+        self._current: Plan = {}  # the last one that was settled on
         for block in self.blocks:
             block.schedule = first_schedule(config, len(block.operators))
 
@@ -67,6 +71,8 @@ class OverlapPlanner:
             return Role.TRIED
         if not self.is_adaptive or self._num_steps <= WARM_UP or not self._is_due():
             return Role.WATCHED
+        if not self._measured:
+            self._is_for_drift = self._has_drifted
         if self.config.chunks == 0:
             for block in self.blocks:
                 block.schedule = Schedule(block.schedule.slots[:1])
@@ -75,13 +81,13 @@ class OverlapPlanner:
     def _is_due(self) -> bool:
         if self._since is None or self._measured:
             return True
-        return (self._has_drifted and self._since >= PAUSE) or 0 < self.config.measure_every <= self._since
+        return (self._has_drifted and self._since >= self._pause) or 0 < self.config.measure_every <= self._since
 
     def watch(self, waited_share: float) -> None:
         """After any other step. `waited_share`: of the time of all ranks, what they waited for exchanges."""
         if self._since is not None:
             self._since += 1
-            self._has_drifted |= self._drift.notices(waited_share)
+            self._has_drifted = self._drift.notices(waited_share)
 
     def learn(self, lanes: Lanes) -> None:
         """After a measured step, with this rank's lanes of it; a collective after the last step of a measurement."""
@@ -115,6 +121,9 @@ class OverlapPlanner:
 
     def _settle(self, plan: Plan) -> None:
         """For good: how long its steps wait is the normal state."""
+        no_help = self._is_for_drift and plan == self._current  # something comes and goes
+        self._pause = min(2 * self._pause, LONGEST_PAUSE) if no_help else PAUSE
+        self._current = plan
         self._follow(plan)
         self._since, self._has_drifted = 0, False
         self._drift.restart()

@@ -5,8 +5,6 @@ import torch
 from moetrain.dist.world import World
 from moetrain.parallel.config import EngineConfig
 
-WIRE_DTYPES: dict[str, torch.dtype | None] = {"same": None, "bfloat16": torch.bfloat16}  # parallel.wire_dtype as Link.wire_dtype
-
 
 def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:
     """torch.bfloat16, or None for no autocast. float64 models are never cast."""
@@ -15,6 +13,12 @@ def autocast_dtype(config: EngineConfig, world: World) -> torch.dtype | None:
     if config.autocast == "bfloat16":
         return torch.bfloat16
     return torch.bfloat16 if world.agree(faster_in_bfloat16(world.device)) else None
+
+
+def wire_dtype(name: str, autocast: torch.dtype | None) -> torch.dtype | None:
+    """`parallel.wire_dtype` as Link.wire_dtype. auto: as experts compute, which cast the rows that arrive, and widen their gradients,
+    themselves. Cast before the journey they are the same bits in half the bytes."""
+    return autocast if name == "auto" else None if name == "same" else torch.bfloat16
 
 
 def faster_in_bfloat16(device: torch.device) -> bool:

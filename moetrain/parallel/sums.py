@@ -36,8 +36,7 @@ class StepSums:
 
     def add(self, nats: Tensor, batch: Batch, stats: list[RoutingStats]) -> None:
         self.nats += nats.detach()
-        if not bool(torch.isfinite(nats.detach())):
-            self.failed[self.world.rank] = 1
+        self.failed[self.world.rank] += ~torch.isfinite(nats.detach())
         for layer, of_layer in enumerate(stats):
             self.auxiliary += of_layer.auxiliary.detach()
             self.z += of_layer.z.detach()

@@ -45,7 +45,7 @@ def _free(select_NE: Tensor, taken: Routing | None) -> Tensor:
     """Scores without the experts that a token has already: the next choice steps in (DGMoE of arXiv 2404.05019)."""
     if taken is None:
         return select_NE
-    return select_NE.index_put((taken.token_P, taken.expert_P), select_NE.new_tensor(-math.inf))
+    return select_NE.index_put((taken.token_P, taken.expert_P), select_NE.new_full((), -math.inf))  # made on the device: no wait
 
 
 def within_capacity(expert_P: Tensor, urgency_P: Tensor, capacity: int, num_experts: int) -> Tensor:

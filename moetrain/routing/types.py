@@ -46,12 +46,15 @@ class Routing(NamedTuple):
     def split(self, sizes: list[int]) -> list["Routing"]:
         """The routing of each run of `sizes[c]` consecutive tokens, numbered from 0 in each; together all N tokens.
 
-        Every part carries the stats of the whole. More than one run: waits for the device once.
+        Every part carries the stats of the whole. Where capacity may have dropped pairs, more than one run waits for the device once.
         """
         if len(sizes) == 1:
             return [self]
         starts = [sum(sizes[:chunk]) for chunk in range(len(sizes))]
-        first = torch.searchsorted(self.token_P, torch.tensor(starts, device=self.token_P.device)).tolist()
+        if self.pairs_per_token is None:
+            first = torch.searchsorted(self.token_P, torch.tensor(starts, device=self.token_P.device)).tolist()
+        else:
+            first = [start * self.pairs_per_token for start in starts]
         cuts = list(zip(starts, first, [*first[1:], self.token_P.numel()], strict=True))
         return [self._part(token, slice(begin, end)) for token, begin, end in cuts]
 

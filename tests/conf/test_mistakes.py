@@ -125,7 +125,7 @@ RULES = [
     ("model.num_layers", 3, "cannot fill it exactly"),
     ("model.routing.top_k", 9, "between 1 and num_experts=8"),
     ("debug.world", -1, "at least 0"),
-    ("parallel.wire_dtype", "float8", "must be one of same, bfloat16"),
+    ("parallel.wire_dtype", "float8", "must be one of auto, same, bfloat16"),
     ("parallel.overlap.slot", -1, "at least 0"),
     ("parallel.overlap.max_chunks", 0, "at least 1"),
     ("parallel.overlap.max_chunks", 17, "at most 16"),

@@ -167,27 +167,38 @@ def chunks_share_one_count_exchange(axis: Axis) -> None:
         assert torch.equal(rows, alone) and torch.equal(count_e, alone_e)
 
 
-def sent_in_a_step(world: World, wire_dtype: str) -> tuple[int, float]:
-    """Bytes of rows that one training step sends, by `parallel.wire_dtype`, and its gradient norm."""
+def sent_in_a_step(
+    world: World, wire_dtype: str, autocast: str = "off", experts: str = "auto"
+) -> tuple[dict[str, int], list[torch.Tensor], float]:
+    """Bytes of rows that one training step sends, by `parallel.wire_dtype` and name, the state after it, and its gradient norm."""
     model = ModelConfig(
         vocab_size=16, hidden_size=16, num_layers=1, pattern=["moe"], expert_ffn_size=8, max_position=8,
         attention=AttentionConfig(num_heads=1, num_kv_heads=1, head_dim=16), routing=RoutingConfig(num_experts=4, top_k=2),
     )  # fmt: skip
     mesh = Mesh(world, world.size)
     parallel = ParallelConfig(ep=world.size, wire_dtype=wire_dtype)
-    engine = TorchEngine(model, parallel, EngineConfig(autocast="off"), OptimConfig(), world, mesh)
+    engine = TorchEngine(model, parallel, EngineConfig(autocast=autocast, experts=experts), OptimConfig(), world, mesh)
     engine.initialize(seed=3)
     blocking = mesh.ep.link.transport = Blocking(PointToPoint())
     tokens_BS = torch.randint(0, 16, (2, 8), generator=torch.Generator().manual_seed(world.rank))
     batch = Batch(tokens_BS, tokens_BS, torch.ones(2, 8, dtype=torch.bool), torch.arange(8).expand(2, 8), None)
     norm = engine.step([batch], 1e-3, lambda: None).grad_norm
-    return sum(sum(sizes) for name, sizes in blocking.sent_bytes.items() if "rows" in name), norm
+    rows = {name: sum(sizes) for name, sizes in blocking.sent_bytes.items() if "rows" in name}
+    return rows, [fragment.data.detach().clone() for fragment in engine.state()], norm
 
 
 def half_the_bytes_in_a_step(world: World) -> None:
-    (whole, exact), (half, rounded) = (sent_in_a_step(world, wire_dtype) for wire_dtype in ("same", "bfloat16"))
-    assert whole == 2 * half > 0
+    (whole, _, exact), (half, _, rounded) = (sent_in_a_step(world, wire_dtype) for wire_dtype in ("same", "bfloat16"))
+    assert sum(whole.values()) == 2 * sum(half.values()) > 0
     assert rounded != exact and abs(rounded - exact) < 0.02 * exact
+
+
+def fewer_bytes_and_the_same_bits_where_experts_compute_in_bfloat16(world: World) -> None:
+    for experts in ("loop", "bmm", "grouped_mm"):
+        (same, wide, _), (auto, narrow, _) = (sent_in_a_step(world, wire, "bfloat16", experts) for wire in ("same", "auto"))
+        assert sum(same.values()) == 1.5 * sum(auto.values()) > 0  # rows back, and their gradients, are in bfloat16 anyway
+        assert all(torch.equal(a, b) for a, b in zip(wide, narrow, strict=True)), experts
+    assert sent_in_a_step(world, "auto")[0] == sent_in_a_step(world, "same")[0]
 
 
 def check_all(world: World) -> str:
@@ -201,6 +212,7 @@ def check_all(world: World) -> str:
             without_peers(axis)
         chunks_share_one_count_exchange(axis) if axis.size > 1 else journey(axis, PointToPoint(), torch.ones(2, 1), [2], [2])
     half_the_bytes_in_a_step(world)
+    fewer_bytes_and_the_same_bits_where_experts_compute_in_bfloat16(world)
     return "equal"
 
 

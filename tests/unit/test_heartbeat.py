@@ -72,6 +72,20 @@ def test_a_rank_that_left_in_order_is_not_missed(leaver: int) -> None:
     assert not any(ranks.said.values())
 
 
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_ended_with_an_error_is_named_with_it(failing: int) -> None:
+    ranks = Ranks(3)
+    ranks.run(4)
+    ranks.hearts[failing].stop("OutOfMemoryError: tried to allocate 5 GiB.")
+    ranks.running.remove(failing)
+    ranks.run(LIMIT - 2)
+    assert not any(ranks.said.values()), "it has time to end by itself"
+    ranks.run(6)
+    for rank in ranks.running:
+        assert ranks.said[rank][0].startswith(f"Rank {failing} on ")
+        assert " ended: OutOfMemoryError: tried to allocate 5 GiB. Every rank ends" in ranks.said[rank][0]
+
+
 def test_a_store_that_does_not_answer_ends_the_rank() -> None:
     ranks = Ranks(2)
     ranks.run(4)

@@ -9,7 +9,7 @@ from moetrain.base.errors import MoetrainError
 from moetrain.model.config import AttentionConfig, ModelConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import LocalDispatcher
-from moetrain.model.experts import Experts, grouped_swiglu
+from moetrain.model.experts import Copies, Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
 from moetrain.model.shapes import parameter_shapes
@@ -83,6 +83,30 @@ def test_sparse_experts_equal_the_dense_loop_over_all_experts(top_k: int) -> Non
             gate, up = (bank.gate_up_proj[expert] @ x[token]).chunk(2)
             expected[token] += torch.softmax(logits[token], 0)[expert] * (bank.down_proj[expert] @ (silu(gate) * up))
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["loop", "bmm", "grouped_mm"])
+def test_calls_of_one_visit_share_a_copy_of_the_weights_under_autocast(method: str) -> None:
+    generator = torch.Generator().manual_seed(5)
+    bank = Experts("b", (0, 1), 16, 24, method)
+    for parameter in bank.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    rows = torch.randn(3, 10, 16, generator=generator, requires_grad=True)
+    gradients, kept = [], dict[int, int]()  # by address
+
+    def pack(saved: torch.Tensor) -> torch.Tensor:
+        if saved.dtype == torch.bfloat16 and saved.untyped_storage().nbytes() == 2 * bank.gate_up_proj.numel():
+            kept[saved.untyped_storage().data_ptr()] = 1
+        return saved
+
+    for copies in (None, Copies()):
+        kept.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), torch.autocast("cpu", dtype=torch.bfloat16):
+            outs = [bank(each, torch.tensor([7, 3]), copies) for each in rows]
+            assert (len(kept) == 1) == (copies is not None)
+        loss = torch.stack([out.float().square().sum() for out in outs]).sum()
+        gradients.append(torch.autograd.grad(loss, [*bank.parameters()]))
+    assert all(torch.equal(own, shared) for own, shared in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("method", ["bmm", "grouped_mm"])

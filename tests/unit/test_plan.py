@@ -166,10 +166,12 @@ def test_rows_in_bfloat16_on_the_wire_are_planned() -> None:
     exact, bfloat16 = EngineConfig(autocast="off"), EngineConfig(autocast="bfloat16")
     planned = {
         (wire, engine.autocast): make_plan(tiny(), ParallelConfig(wire_dtype=wire), engine, Axes(4, 4), batch, saving, 64).all_to_all_bytes
-        for wire in ("same", "bfloat16")
+        for wire in ("same", "bfloat16", "auto")
         for engine in (exact, bfloat16)
     }
     assert planned["same", "off"] == 2 * planned["bfloat16", "off"]
+    assert planned["auto", "off"] == planned["same", "off"]
+    assert planned["auto", "bfloat16"] == planned["bfloat16", "bfloat16"]
     assert planned["same", "bfloat16"] == 1.5 * planned["bfloat16", "bfloat16"]  # rows back are in bfloat16 already
 
 

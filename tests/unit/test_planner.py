@@ -191,6 +191,38 @@ def test_one_busy_step_changes_no_plan() -> None:
     assert all(plan == plans[0] for plan in plans)
 
 
+def measured_with(under_test: OverlapPlanner, share: Callable[[int], float], num_steps: int, times: Times) -> list[int]:
+    """The steps that are measured when ranks wait such a share of each other step."""
+    found = []
+    for step in range(num_steps):
+        if under_test.begin() is Role.WATCHED:
+            under_test.watch(share(step))
+            continue
+        found.append(step)
+        blocks = under_test.blocks
+        its = [times(len(block.operators)) for block in blocks]
+        under_test.learn(serial_lanes([Site.of(block) for block in blocks], [block.schedule for block in blocks], its))
+    return found
+
+
+def test_what_has_passed_again_is_no_reason_to_measure() -> None:
+    under_test = planner(OverlapConfig(measure_every=0), blocks_of(["scmoe"], 16))
+    assert measured_with(under_test, lambda step: 0.5 if 7 <= step < 10 else 0.1, 60, at(100)) == [1]
+    under_test = planner(OverlapConfig(measure_every=0), blocks_of(["scmoe"], 16))
+    assert measured_with(under_test, lambda step: 0.5 if 7 <= step < 12 else 0.1, 60, at(100)) == [1, 12]
+
+
+def test_what_comes_and_goes_without_another_plan_is_measured_ever_less() -> None:
+    under_test = planner(OverlapConfig(measure_every=0), blocks_of(["scmoe"], 16))
+    found = measured_with(under_test, lambda step: 0.5 if step // 15 % 2 else 0.1, 2000, at(100))
+    assert 4 <= len(found) <= 9, found
+
+
+def test_a_tolerance_of_zero_watches_nothing() -> None:
+    under_test = planner(OverlapConfig(measure_every=0, tolerance=0.0), blocks_of(["scmoe"], 16))
+    assert measured_with(under_test, lambda step: step % 7 / 10, 100, at(100)) == [1]
+
+
 def test_what_is_fixed_is_never_measured() -> None:
     under_test = planner(OverlapConfig(slot=9, chunks=2), blocks_of(["shared", "scmoe"], 3))
     assert [block.schedule for block in under_test.blocks] == [Schedule((2, 2)), Schedule((4, 4))]
