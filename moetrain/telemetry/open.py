@@ -24,5 +24,9 @@ def open_sinks(
     if config.tensorboard:
         sinks.append(TensorboardSink(folder))
     sinks += open_wandb(config.wandb, config.wandb_project, name, folder, resolved)
+    if config.experts_every and len(sinks) > 1:  # they keep images
+        from moetrain.telemetry.pixels import get_ready
+
+        get_ready()
     sinks += open_console(config.console, name, total_steps, clock, str(folder / "STOP"))
     return Sinks(sinks)

@@ -33,7 +33,9 @@ class TensorboardSink:
         pass  # comes as an image now and then
 
     def image(self, name: str, draw: Callable[[], "Figure"], step: int) -> None:
-        self._open(step).add_figure(name, draw(), step)
+        from moetrain.telemetry.pixels import pixels
+
+        self._open(step).add_image(name, pixels(draw()), step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer is not None:

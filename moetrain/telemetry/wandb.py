@@ -63,11 +63,10 @@ class WandbSink:
 
     def image(self, name: str, draw: Callable[[], "Figure"], step: int) -> None:
         import wandb
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-        canvas = FigureCanvasAgg(draw())  # pixels, because wandb takes a figure only once pyplot was imported
-        canvas.draw()
-        self._run.log({"train/step": step, name: wandb.Image(np.asarray(canvas.buffer_rgba()))})
+        from moetrain.telemetry.pixels import pixels
+
+        self._run.log({"train/step": step, name: wandb.Image(pixels(draw()))})  # it takes a figure only once pyplot was imported
 
     def close(self) -> None:
         """Uploads the rest, for at most a minute: what is left then can be sent later with `wandb sync`."""

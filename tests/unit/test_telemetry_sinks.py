@@ -192,7 +192,7 @@ def test_wandb_counts_by_train_step_and_never_by_its_own(fake_wandb: SimpleNames
         ("define", "train/step", None),
         ("define", "*", "train/step"),
         ("log", {"train/step": 7, "train/loss": 2.5}),
-        ("log", {"train/step": 7, "experts/load": ("image", 4)}),
+        ("log", {"train/step": 7, "experts/load": ("image", 3)}),
         ("finish",),
     ]
     assert fake_wandb.init_keys["config"] == {"seed": 1}
