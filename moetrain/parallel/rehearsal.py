@@ -44,7 +44,7 @@ def rehearse(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConf
 def facts(engine: TorchEngine, parallel: ParallelConfig, settings: EngineConfig, shape: Shape) -> str:
     """What decides a step's messages, and what goes into them, in a line: equal on ranks that can train together."""
     shapes = digest(sorted(parameter_shapes(engine.config).items()))
-    rest = digest([engine.config, parallel, settings, engine.optim, engine.autocast, torch.__version__])
+    rest = digest([engine.config, parallel, settings, engine.optim, engine.autocast])
     return (
         f"a step of {shape.accumulation} micro-batches of {shape.micro_batch_size} x {shape.seq_len} tokens on {engine.world.device.type}, "
         f"{settings.dtype} parameters of shapes {shapes}, settings {rest}"
