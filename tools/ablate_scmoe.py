@@ -38,6 +38,7 @@ from moetrain.routing.types import Routing, RoutingContext
 from moetrain.telemetry.record import read_records
 from moetrain.train.loop import DONE, train
 from tools.campaign import Campaign, leave_on_sigterm
+from tools.seeds import check_seeds, interval
 from tools.small_job import small_job
 
 TOP_2, SHARED, SCMOE = "top-2", "shared expert, cg1", "ScMoE Pos-2, cg1"
@@ -66,8 +67,6 @@ SIZE = (
     *("train.evaluate_every=0", "telemetry.console=off", "telemetry.experts_every=0", "checkpoint.every_steps=0", *PATIENT),
 )
 CLASH_BATCHES = 16
-# 97.5 % quantiles of Student's t by degrees of freedom, one less than seeds.
-T_QUANTILES = {1: 12.7062, 2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060, 9: 2.2622}
 
 
 @dataclass
@@ -139,13 +138,6 @@ def campaign(variants: list[str], seeds: list[int], shared: list[str], folder: P
     """Results as they come, kept ones first. All variants of a seed are begun before the next: an early stop leaves whole seeds."""
     cases = {f"{variant}-{seed}": (variant, seed, shared) for seed in seeds for variant in variants}
     yield from (Result(**found) for found in Campaign(folder, shared, jobs).run(run_to_the_end, cases))
-
-
-def interval(values: list[float]) -> dict[str, float]:
-    """Mean and 95 % interval by Student's t, of two values or more."""
-    mean = statistics.mean(values)
-    half = T_QUANTILES[len(values) - 1] * statistics.stdev(values) / len(values) ** 0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half}
 
 
 def paired(of: list[Result], other: list[Result]) -> dict[str, float]:
@@ -235,8 +227,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--png", type=Path)
     parser.add_argument("overrides", nargs="*", help="of launch/train.py, after --")
     options = parser.parse_args(arguments)
-    if len(set(options.seeds)) - 1 not in T_QUANTILES:
-        parser.error(f"an interval takes 2 to {max(T_QUANTILES) + 1} different seeds")
+    try:
+        check_seeds(options.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     shared = [*SIZE, f"train.tokens={options.tokens}", *options.overrides]
     configs = {variant: config_of(variant, shared) for variant in options.variants}
     ensure_prepared(configs[options.variants[0]].data, show_progress=True)

@@ -182,6 +182,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, help="default 15; of hiding 161")
     parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point's share")
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
+    parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a whole step (part steps)")
     parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")
     parser.add_argument("--busy", type=float, default=0.1, help="cores that others may use when it begins (default: %(default)s)")
     parser.add_argument("--small", action="store_true", help="a size for a test")
@@ -194,13 +195,14 @@ def main() -> int:
     rounds = options.rounds or ROUNDS.get(options.part, 15)
     busy = wait_until_quiet(options.busy)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
-        job = Job(options.part, folder, rounds, options.routing == "even", size, options.small)
+        job = Job(options.part, folder, rounds, options.routing == "even", size, options.small, options.accumulation)
         if point.share and options.part in SIZED and not (options.small or options.ffn):
             size = calibrated(hosts, job, point.share, Path(folder))
             job = replace(job, size=size)
         found = run_job(hosts, job, Path(folder), options.to)
     figures = figures_of(options.part, found)
     title = f"{options.part}, point {options.point}, {options.routing} routing"
+    title += f", {options.accumulation} micro-batches" if options.accumulation > 1 else ""
     print(
         title,
         f"({point.rate or 'no limit'}, width {size.hidden}, FFN {size.ffn}, {size.tokens} tokens a rank, others used {busy:.2f} cores)",

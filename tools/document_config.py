@@ -74,7 +74,9 @@ def sections(prefix: str, schema: type) -> list[str]:
         lines += [f"## `{prefix.rstrip('.')}`", "", inspect.cleandoc(schema.__doc__ or "").split("\n\n")[0], ""]
         lines += ["| key | type | default | |", "| --- | --- | --- | --- |"]
         for item in plain:
-            meaning = comments.get(item.name, "").replace("|", "\\|")
+            if item.name not in comments:
+                raise SystemExit(f"{schema.__name__}.{item.name} has no comment on the line where its default ends: say what it means.")
+            meaning = comments[item.name].replace("|", "\\|")
             lines.append(f"| `{prefix}{item.name}` | {type_name(hints[item.name])} | `{default(item)}` | {meaning} |")
         lines.append("")
     for item in dataclasses.fields(schema):

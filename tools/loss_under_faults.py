@@ -31,6 +31,7 @@ from moetrain.telemetry.record import read_records
 from moetrain.train.loop import train
 from moetrain.train.run import Run
 from tools.campaign import Campaign, leave_on_sigterm
+from tools.seeds import check_seeds, interval
 from tools.small_job import TOKENS_PER_STEP, small_job
 
 MODES = ("none", "full", "moments", "weights16", "experts")
@@ -127,36 +128,28 @@ def fault_steps(seed: int, options: argparse.Namespace) -> list[int]:
     return [choose.randrange(low, high) for low, high in pairwise(edges)]
 
 
-def summary(results: list[Result]) -> list[dict]:
-    """Per mode: mean and spread over seeds, and the difference to the same seed without faults."""
+def summary(results: list[Result]) -> dict[str, dict]:
+    """By mode: means and their intervals over seeds, and the difference to the same seed without faults."""
     calm = {found.seed: found.bits_per_byte for found in results if found.mode == "none"}
-    rows = []
+    rows = {}
     for mode in dict.fromkeys(found.mode for found in results):
         of_mode = [found for found in results if found.mode == mode]
-        values = [found.bits_per_byte for found in of_mode]
-        apart = [found.bits_per_byte - calm[found.seed] for found in of_mode]
-        half = 2.0 * statistics.stdev(apart) / len(apart) ** 0.5 if len(apart) > 1 else 0.0
-        rows.append(
-            {
-                "mode": mode,
-                "bits_per_byte": statistics.mean(values),
-                "spread": statistics.stdev(values) if len(values) > 1 else 0.0,
-                "more_than_without_faults": statistics.mean(apart),
-                "interval_95": [statistics.mean(apart) - half, statistics.mean(apart) + half],
-                "plt_weights": statistics.mean(found.plt_weights for found in of_mode),
-                "plt_moments": statistics.mean(found.plt_moments for found in of_mode),
-            }
-        )
+        rows[mode] = {
+            "bits_per_byte": interval([found.bits_per_byte for found in of_mode]),
+            "more_than_without_faults": interval([found.bits_per_byte - calm[found.seed] for found in of_mode]),
+            "plt_weights": statistics.mean(found.plt_weights for found in of_mode),
+            "plt_moments": statistics.mean(found.plt_moments for found in of_mode),
+        }
     return rows
 
 
-def table(rows: list[dict]) -> str:
-    lines = [f"{'mode':10} {'bits/byte':>10} {'+- seeds':>9} {'vs no fault':>12} {'95 %':>18} {'PLT weights':>12} {'PLT moments':>12}"]
-    for row in rows:
-        low, high = row["interval_95"]
+def table(rows: dict[str, dict]) -> str:
+    lines = [f"{'mode':10} {'bits/byte':>10} {'95 %':>16} {'vs no fault':>12} {'95 %':>18} {'PLT weights':>12} {'PLT moments':>12}"]
+    for mode, row in rows.items():
+        loss, more = row["bits_per_byte"], row["more_than_without_faults"]
         lines.append(
-            f"{row['mode']:10} {row['bits_per_byte']:10.4f} {row['spread']:9.4f} {row['more_than_without_faults']:+12.4f} "
-            f"{low:+8.4f}..{high:+8.4f} {row['plt_weights']:12.2%} {row['plt_moments']:12.2%}"
+            f"{mode:10} {loss['mean']:10.4f} {loss['low']:7.4f}..{loss['high']:7.4f} {more['mean']:+12.4f} "
+            f"{more['low']:+8.4f}..{more['high']:+8.4f} {row['plt_weights']:12.2%} {row['plt_moments']:12.2%}"
         )
     return "\n".join(lines)
 
@@ -193,6 +186,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--png", type=Path)
     parser.add_argument("overrides", nargs="*", help="of launch/train.py, after --")
     options = parser.parse_args(arguments)
+    try:
+        check_seeds(options.seeds)
+    except ValueError as error:
+        parser.error(str(error))
     shared = [*SMALL, f"train.tokens={TOKENS_PER_STEP * options.steps}", f"checkpoint.every_steps={options.every}", *options.overrides]
     ensure_prepared(to_config(compose(shared)).data, show_progress=True)
     modes = list(dict.fromkeys(["none", *options.modes]))

@@ -42,6 +42,7 @@ class Job:
     evenly: bool
     size: Size
     small: bool  # a test
+    accumulation: int = 1  # micro-batches of a whole step
 
     @classmethod
     def read(cls, path: Path) -> "Job":
@@ -178,7 +179,7 @@ def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
 PARTS: dict[str, Callable[[Job, Arms], dict[str, object]]] = {
     "transport": lambda job, arms: transport(arms, job.rounds),
     "adaptive": lambda job, arms: adaptive(arms, job.rounds, job.evenly, job.small),
-    "steps": lambda job, arms: steps(arms, job.rounds, job.size),
+    "steps": lambda job, arms: steps(arms, job.rounds, job.size, job.accumulation),
     "change": lambda job, arms: change(arms, job.rounds, job.evenly, job.size, Path(job.folder)),
 }
 

@@ -13,6 +13,7 @@ from moetrain.parallel.plan import Batch, axes, split_batch
 CHOICES = {
     "parallel.dense": ("replicate", "fsdp"),
     "parallel.wire_dtype": ("auto", "same", "bfloat16"),
+    "parallel.reduce_gradients": ("auto", "after"),
     "engine.name": ("torch",),
     "engine.dtype": ("float32", "float64"),
     "engine.autocast": ("auto", "bfloat16", "off"),

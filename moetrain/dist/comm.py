@@ -31,8 +31,11 @@ class Flight:
         """Waits (on a GPU: makes the current stream wait) and returns the received rows."""
         watch = self.axis.world.watch
         started = watch.clock.monotonic()
-        with watch.operation(self.name):
-            self.work.wait()
+        try:
+            with watch.operation(self.name):
+                self.work.wait()
+        finally:
+            self.axis.link.landed(self.work)
         if watch.watchdog and self.received.is_cuda:
             watch.track(self.name, Passed(self.received.device))
         self.axis.link.of(self.name).waited_seconds += watch.clock.monotonic() - started
@@ -48,7 +51,7 @@ def launch(name: str, rows: Tensor, send_sizes: list[int], receive_sizes: list[i
     traffic.times += 1
     traffic.sent_bytes += bytes_to_others(sent, send_sizes, axis)
     with axis.world.watch.operation(name):
-        work = link.transport.launch(name, sent, received, send_sizes, receive_sizes, axis)
+        work = link.launch(lambda: link.transport.launch(name, sent, received, send_sizes, receive_sizes, axis))
     return Flight(name, axis, sent, received, rows.dtype, work)
 
 

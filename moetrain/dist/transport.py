@@ -4,11 +4,12 @@ S rows are sent, R received, in the order of ranks of the axis, along dim 0; any
 `Blocking` waits. Everything under way may land in any order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import accumulate
-from threading import Thread
+from threading import Lock, Thread
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -78,6 +79,8 @@ class Link:
     transport: Transport
     wire_dtype: torch.dtype | None = None  # payload is cast to it for the journey and back after it; None = as it is
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by name of the exchange
+    under_way: list[Work] = field(default_factory=list)  # launched, and not yet waited for by whom they are for
+    _launching: Lock = field(default_factory=Lock, repr=False, compare=False)
 
     def on_wire(self, rows: Tensor) -> Tensor:
         """The rows as they travel: contiguous, and smaller where `wire_dtype` is. Counts and other integers are never cast."""
@@ -88,6 +91,28 @@ class Link:
     def of(self, name: str) -> Traffic:
         """The running account of the exchanges of this name."""
         return self.traffic.setdefault(name, Traffic())
+
+    def launch(self, start: Callable[[], Work]) -> Work:
+        """Starts an exchange, which `settle` knows of from its first byte on. It counts as under way until `landed`."""
+        with self._launching:
+            work = start()
+            self.under_way = [*self.under_way, work]
+        return work
+
+    def landed(self, work: Work) -> None:
+        self.under_way = [other for other in self.under_way if other is not work]
+
+    def settle(self) -> None:
+        """Waits until this rank has no exchange under way. For another thread than the one that launches them, on the host's transports."""
+        waited: list[Work] = []
+        while True:
+            with self._launching:
+                ahead = [work for work in self.under_way if not any(work is other for other in waited)]
+            if not ahead:
+                return
+            with suppress(RuntimeError):  # told to whom the exchange is for
+                ahead[0].wait()
+            waited.append(ahead[0])
 
     def take(self) -> dict[str, Traffic]:
         """The accounts by name, which start again at nothing."""
@@ -209,35 +234,43 @@ def bytes_to_others(sent: Tensor, send_sizes: Sequence[int], axis: "Axis") -> in
 
 
 class _Together:
-    """Done when all are done. gloo's works know that only while somebody waits for them: the first question starts a thread that does."""
+    """Done when all are done. gloo's works know that only while somebody waits for them: the first question starts a thread that does.
+
+    Any thread may wait and ask, any number of times.
+    """
 
     def __init__(self, works: list[dist.Work]) -> None:
         self._works = works
-        self._landed: Future[None] | None = None
+        self._landed: Future[None] = Future()
+        self._lock = Lock()
+        self._is_claimed = not works  # somebody waits for the works: a second wait for one would wait for another message
+        if not works:
+            self._landed.set_result(None)
 
     def wait(self) -> None:
-        if self._landed is not None:
-            self._landed.result()
-            return
-        works, self._works = self._works, []  # a second wait for a piece would wait for another one
-        for work in works:
-            work.wait()
+        if self._claim():
+            self._land()
+        self._landed.result()
 
     def is_completed(self) -> bool:
-        if self._landed is None and self._works:
-            self._landed = Future()
-            Thread(target=self._land, args=(self._landed, self._works), name="moetrain-landing", daemon=True).start()
-        return self._landed is None or self._landed.done()
+        if self._claim():
+            Thread(target=self._land, name="moetrain-landing", daemon=True).start()
+        return self._landed.done()
 
-    @staticmethod
-    def _land(landed: "Future[None]", works: list[dist.Work]) -> None:
+    def _claim(self) -> bool:
+        with self._lock:
+            is_first, self._is_claimed = not self._is_claimed, True
+        return is_first
+
+    def _land(self) -> None:
         try:
-            for work in works:
+            for work in self._works:
                 work.wait()
-        except RuntimeError as error:  # for whoever waits
-            landed.set_exception(error)
+        except BaseException as error:  # for all who wait
+            self._landed.set_exception(error)
         else:
-            landed.set_result(None)
+            self._landed.set_result(None)
+        self._works = []
 
 
 def _slabs(rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:

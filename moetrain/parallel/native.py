@@ -48,7 +48,7 @@ class TorchEngine:
         self.autocast = autocast_dtype(engine, world)
         self.model = self._sharded_model(parallel, engine)
         self.optimizer = AdamW([self._named(name, parameter) for name, parameter in self.model.named_parameters()], optim)
-        self.gradients = GradientSync(self.model, mesh)
+        self.gradients = GradientSync(self.model, mesh, parallel.reduce_gradients)
         blocks = [module for module in self.model.modules() if isinstance(module, RoutedBlock)]
         self.observer = StepObserver(OverlapPlanner(parallel.overlap, blocks, world), mesh.ep)
 
@@ -79,13 +79,13 @@ class TorchEngine:
         sums = StepSums(self.config, self.world)
         batches = [batch.to(self.world.device) for batch in batches]
         total = sums.count_tokens(batches)
-        with self.observer.step() as timer:
-            for number, batch in enumerate(batches):
-                self._sync_gradients(number == len(batches) - 1)
-                self._backward(batch, total, sums, timer)
-        sums.waited_seconds, sums.pass_seconds = self.observer.waited_seconds(), time.perf_counter() - started
-        before_update()
-        self.gradients.reduce()
+        with self.gradients.step():
+            with self.observer.step() as timer:
+                for number, batch in enumerate(batches):
+                    self._sync_gradients(is_last=number == len(batches) - 1)
+                    self._backward(batch, total, sums, timer)
+            sums.waited_seconds, sums.pass_seconds = self.observer.waited_seconds(), time.perf_counter() - started
+            before_update()
         sums.reduce()
         lanes = self.observer.finish(sums.waited_share())
         grad_norm = clip_gradients(self.gradients.shards(), self.optim.grad_clip, self.mesh)
@@ -127,11 +127,13 @@ class TorchEngine:
             recompute=self.recompute,
         )
 
-    def _sync_gradients(self, last: bool) -> None:
-        """FSDP2 reduces gradients in the last micro-batch's backward only."""
+    def _sync_gradients(self, is_last: bool) -> None:
+        """Sums over ranks begin in the last micro-batch's backward, FSDP2's and ours."""
+        if is_last and not self.observer.needs_the_link:
+            self.gradients.begin()
         for module in fsdp_modules(self.model):
-            module.set_requires_gradient_sync(last, recurse=False)
-            module.set_is_last_backward(last)
+            module.set_requires_gradient_sync(is_last, recurse=False)
+            module.set_is_last_backward(is_last)
 
     def _update_bias(self, load_LE: Tensor) -> None:
         rate = self.config.routing.bias_update_rate

@@ -24,6 +24,11 @@ class StepObserver:
         """The lanes of the next step are wanted. A measurement or a trial for the plan waits until nobody asks."""
         self._asked = serial
 
+    @property
+    def needs_the_link(self) -> bool:
+        """Whether the step under way is recorded or tried: nothing but exchanges may travel until its last backward pass has ended."""
+        return self._recorder is not None or self._stopwatch is not None
+
     @contextmanager
     def step(self) -> Iterator[Timer]:
         """The timer of the step's forward passes."""

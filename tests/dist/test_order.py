@@ -14,7 +14,6 @@ from moetrain.dist.mesh import Mesh
 from moetrain.dist.order import Rehearsal, compare
 from moetrain.dist.world import World
 from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
-from moetrain.optim.clip import Kind
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.gradients import GradientSync
@@ -128,8 +127,8 @@ def swapped_sums(world: World) -> str:
 
 
 def experts_first(gradients: GradientSync) -> None:
-    gradients._sum(Kind.EXPERT_REPLICATED, gradients.mesh.edp)
-    gradients._sum(Kind.DENSE_REPLICATED, gradients.mesh.dp)
+    for piece in sorted(gradients.pieces, key=lambda piece: piece.axis.name, reverse=True):
+        piece.make()
 
 
 def other_sizes(world: World) -> list[str]:
