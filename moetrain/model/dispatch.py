@@ -6,10 +6,11 @@ e experts of this rank, L levels, D hidden size.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.routing.types import Routing
 
@@ -73,8 +74,7 @@ class LocalDispatcher:
     def send(self, x_ND: Tensor, routing: Routing, counts: Counts) -> Ticket:
         assert isinstance(counts, LocalCounts)
         order_P = torch.argsort(routing.expert_P, stable=True)
-        rows_RD = x_ND.index_select(0, routing.token_P[order_P])
-        return LocalTicket(routing, x_ND.shape[0], order_P, rows_RD, counts.count_e)
+        return LocalTicket(routing, x_ND.shape[0], order_P, spread(x_ND, routing, order_P), counts.count_e)
 
     def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         assert isinstance(ticket, LocalTicket)
@@ -95,9 +95,7 @@ def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens
 
     Summed pair by pair in token order, so the result does not depend on where experts live.
     """
-    back_P = torch.empty_like(order_P)
-    back_P[order_P] = torch.arange(order_P.numel(), device=order_P.device)
-    weighted_PD = rows_PD.index_select(0, back_P) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
+    weighted_PD = permute(rows_PD, inverse(order_P)) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
     return sum_per_token(weighted_PD, routing.token_P, routing.pairs_per_token, num_tokens)
 
 
@@ -109,3 +107,48 @@ def sum_per_token(rows_PD: Tensor, token_P: Tensor, pairs_per_token: int | None,
     if pairs_per_token is None:
         return rows_PD.new_zeros(num_tokens, rows_PD.shape[1]).index_add(0, token_P, rows_PD)
     return rows_PD.view(num_tokens, pairs_per_token, rows_PD.shape[1]).sum(1)
+
+
+def inverse(order: Tensor) -> Tensor:
+    """The permutation that undoes `order`."""
+    result = torch.empty_like(order)
+    result[order] = torch.arange(order.numel(), device=order.device)
+    return result
+
+
+def permute(rows: Tensor, order: Tensor) -> Tensor:
+    """rows[order], of a permutation; a gather both ways (autograd's own backward of indexing scatters, several times slower on CPUs)."""
+    return cast(Tensor, _Permute.apply(rows, order))
+
+
+def spread(x_ND: Tensor, routing: Routing, order_P: Tensor) -> Tensor:
+    """x_ND[token_P[order_P]], a row for every pair. Its gradient is summed in the order of pairs: the same wherever experts live."""
+    return cast(Tensor, _Spread.apply(x_ND, routing.token_P, order_P, routing.pairs_per_token))
+
+
+class _Permute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
+        (order,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, inverse(order)), None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor, pairs_per_token: int | None) -> Tensor:
+        ctx.save_for_backward(token_P, order_P)
+        ctx.sizes = pairs_per_token, x_ND.shape[0]  # type: ignore[attr-defined]
+        return x_ND.index_select(0, token_P[order_P])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
+        token_P, order_P = ctx.saved_tensors  # type: ignore[attr-defined]
+        by_pair_PD = grad_PD.index_select(0, inverse(order_P))
+        return sum_per_token(by_pair_PD, token_P, *ctx.sizes), None, None, None  # type: ignore[attr-defined]

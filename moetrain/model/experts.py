@@ -9,10 +9,9 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-from torch.nn.functional import linear
 
 from moetrain.model.config import fits_grouped_mm
-from moetrain.model.mlp import gated
+from moetrain.model.mlp import gated, gated_backward
 
 METHODS = ("auto", "loop", "bmm", "grouped_mm")
 
@@ -100,10 +99,47 @@ def _has_sound_grouped_mm(device: torch.device) -> bool:
 
 
 def _loop(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
-    """One matmul pair per expert. `unbind` instead of indexing: its backward writes each weight gradient once."""
-    parts = rows_RD.split(count_e.tolist())
-    weights = zip(parts, gate_up_eGD.unbind(0), down_eDF.unbind(0), strict=True)
-    return torch.cat([linear(gated(linear(rows, gate_up)), down) for rows, gate_up, down in weights])
+    """One expert after the other; under autocast in its type."""
+    if torch.is_autocast_enabled(rows_RD.device.type):
+        dtype = torch.get_autocast_dtype(rows_RD.device.type)
+        rows_RD, gate_up_eGD, down_eDF = rows_RD.to(dtype), gate_up_eGD.to(dtype), down_eDF.to(dtype)
+    return cast(Tensor, _Loop.apply(rows_RD, gate_up_eGD, down_eDF, count_e.tolist()))
+
+
+class _Loop(torch.autograd.Function):
+    """SwiGLU of one expert's rows after the other's, each product written where it belongs.
+
+    Autograd would do the same products, and copy outputs, row gradients and all weight gradients together afterwards.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts: list[int]) -> Tensor:
+        gate_up_RG = rows_RD.new_empty(rows_RD.shape[0], gate_up_eGD.shape[1])
+        hidden_RF = rows_RD.new_empty(rows_RD.shape[0], down_eDF.shape[2])
+        out_RD = torch.empty_like(rows_RD)
+        tensors = zip(*(x.split(counts) for x in (rows_RD, gate_up_RG, hidden_RF, out_RD)), gate_up_eGD, down_eDF, strict=True)
+        for rows, gate_up, hidden, out, gate_up_weight, down_weight in tensors:
+            torch.mm(rows, gate_up_weight.t(), out=gate_up)
+            gate, up = gate_up.chunk(2, dim=-1)
+            torch.ops.aten.silu.out(gate, out=hidden)
+            torch.mm(hidden.mul_(up), down_weight.t(), out=out)
+        ctx.save_for_backward(rows_RD, gate_up_RG, hidden_RF, gate_up_eGD, down_eDF)
+        ctx.counts = counts  # type: ignore[attr-defined]
+        return out_RD
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        rows_RD, gate_up_RG, hidden_RF, gate_up_eGD, down_eDF = ctx.saved_tensors  # type: ignore[attr-defined]
+        by_row = (rows_RD, gate_up_RG, hidden_RF, grad_RD, grad_rows_RD := torch.empty_like(rows_RD))
+        by_expert = (gate_up_eGD, down_eDF, grad_gate_up_eGD := torch.empty_like(gate_up_eGD), grad_down_eDF := torch.empty_like(down_eDF))
+        parts = zip(*(x.split(ctx.counts) for x in by_row), *by_expert, strict=True)  # type: ignore[attr-defined]
+        for rows, gate_up, hidden, grad, grad_rows, gate_up_weight, down_weight, grad_gate_up_weight, grad_down_weight in parts:
+            torch.mm(grad.t(), hidden, out=grad_down_weight)
+            grad_gate_up = gated_backward(grad @ down_weight, gate_up)
+            torch.mm(grad_gate_up.t(), rows, out=grad_gate_up_weight)
+            torch.mm(grad_gate_up, gate_up_weight, out=grad_rows)
+        return grad_rows_RD, grad_gate_up_eGD, grad_down_eDF, None
 
 
 def _padded_bmm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:

@@ -1,7 +1,11 @@
 """SwiGLU feed-forward (arXiv 2002.05202)."""
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import silu
 
 from moetrain.model.norm import RMSNorm
 
@@ -31,5 +35,33 @@ class NormedSwiGLU(SwiGLU):
 
 def gated(gate_up: Tensor) -> Tensor:
     """silu(first half of the last dim) * second half."""
+    if torch.compiler.is_compiling():  # which fuses better than we do
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate) * up
+    return cast(Tensor, _Gated.apply(gate_up))
+
+
+class _Gated(torch.autograd.Function):
+    """Keeps its input only, and makes both halves of the gradient in place; autograd would keep silu(gate) too and copy the halves."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> Tensor:
+        (gate_up,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gated_backward(grad, gate_up)
+
+
+def gated_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of `gated`'s input, from that of its output; the same bits as autograd's."""
+    result = torch.empty_like(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return torch.nn.functional.silu(gate) * up
+    grad_gate, grad_up = result.chunk(2, dim=-1)
+    torch.mul(grad, silu(gate), out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
+    return result

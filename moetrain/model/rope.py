@@ -1,9 +1,11 @@
 """Rotary position embedding (arXiv 2104.09864) and its scalings. B sequences, S tokens, d head_dim."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.model.config import RopeConfig
 
@@ -18,8 +20,35 @@ def rotary(position_BS: Tensor, head_dim: int, config: RopeConfig) -> tuple[Tens
 
 def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (i, i + d/2)."""
-    left, right = x_BHSd.chunk(2, dim=-1)
-    return x_BHSd * cos.to(x_BHSd.dtype) + torch.cat([-right, left], dim=-1) * sin.to(x_BHSd.dtype)
+    cos, sin = cos.to(x_BHSd.dtype), sin.to(x_BHSd.dtype)
+    if torch.compiler.is_compiling():  # which fuses better than we do
+        left, right = x_BHSd.chunk(2, dim=-1)
+        return x_BHSd * cos + torch.cat([-right, left], dim=-1) * sin
+    return cast(Tensor, _Rotate.apply(x_BHSd, cos, sin))
+
+
+class _Rotate(torch.autograd.Function):
+    """Writes both halves where they belong, and keeps nothing but the angles; autograd would copy halves together on both ways."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors  # type: ignore[attr-defined]
+        return _turned(grad, cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    (left, right), (cos, _), (sin, _) = (each.chunk(2, dim=-1) for each in (x, cos, sin))  # both halves of the angles are equal
+    result = torch.empty_like(x)
+    first, second = result.chunk(2, dim=-1)
+    torch.mul(left, cos, out=first).sub_(right * sin)
+    torch.mul(right, cos, out=second).add_(left * sin)
+    return result
 
 
 def frequencies(head_dim: int, config: RopeConfig, device: torch.device) -> tuple[Tensor, float]:

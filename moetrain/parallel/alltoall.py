@@ -9,11 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.dist.comm import CountExchange, Exchange
 from moetrain.dist.mesh import Axis
-from moetrain.model.dispatch import Counts, Ticket, combine_pairs, sum_per_token
+from moetrain.model.dispatch import Counts, Ticket, combine_pairs, inverse, permute, spread
 from moetrain.routing.placement import Placement
 from moetrain.routing.types import Routing
 
@@ -76,7 +75,7 @@ class AllToAllDispatcher:
         self._sizes = list(placement.sizes)
         self._num_local = placement.sizes[axis.index]
         self._order_E = torch.tensor(placement.order, device=device)
-        self._wire_E = _inverse(self._order_E)  # position of every expert in wire order
+        self._wire_E = inverse(self._order_E)  # position of every expert in wire order
         self._slots = torch.arange(self._num_local, device=device).repeat(axis.size)
 
     def announce(self, routings: Sequence[Routing]) -> Sequence[AnnouncedCounts]:
@@ -90,7 +89,7 @@ class AllToAllDispatcher:
         """Sorts the rows, waits for counts, starts the rows and returns. x_ND must not change until `receive`."""
         assert isinstance(counts, AnnouncedCounts)
         order_P = torch.argsort(self._wire_E[routing.expert_P], stable=True)
-        rows_PD = _Spread.apply(x_ND, routing.token_P, order_P, routing.pairs_per_token)  # before the counts are waited for
+        rows_PD = spread(x_ND, routing, order_P)  # before the counts are waited for
         received_W, sent_E, on_host_W = counts.land()
         send_sizes = [int(part.sum()) for part in sent_E.split(self._sizes)]
         count_re = on_host_W.view(self._axis.size, self._num_local)
@@ -103,12 +102,12 @@ class AllToAllDispatcher:
         """rows_RD by slot, then source rank, then token; count_e int64 on the host."""
         assert isinstance(ticket, AllToAllTicket)
         ticket.received_RD = ticket.under_way.wait()
-        return _Permute.apply(ticket.received_RD, ticket.slot_R, _inverse(ticket.slot_R)), ticket.count_e
+        return permute(ticket.received_RD, ticket.slot_R), ticket.count_e
 
     def send_back(self, rows_RD: Tensor, ticket: Ticket) -> AllToAllTicket:
         """Starts the way back and returns. rows_RD must not change until `combine`."""
         assert isinstance(ticket, AllToAllTicket)
-        back_RD = _Permute.apply(_tied(rows_RD, ticket.received_RD), _inverse(ticket.slot_R), ticket.slot_R)
+        back_RD = permute(_tied(rows_RD, ticket.received_RD), inverse(ticket.slot_R))
         ticket.received_RD = None
         ticket.under_way = Exchange("rows from experts", back_RD, ticket.receive_sizes, ticket.send_sizes, self._axis)
         return ticket
@@ -127,40 +126,3 @@ def _tied(rows_RD: Tensor, received_RD: Tensor | None) -> Tensor:
     if rows_RD.shape[0] == 0 and received_RD.requires_grad:
         return rows_RD + received_RD.sum()
     return rows_RD if rows_RD.requires_grad else rows_RD.detach().requires_grad_()
-
-
-def _inverse(order: Tensor) -> Tensor:
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(order.numel(), device=order.device)
-    return inverse
-
-
-class _Spread(torch.autograd.Function):
-    """x_ND[token_P[order_P]]. Its gradient is summed in the order of pairs, not of the wire: the same for every placement."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor, pairs_per_token: int | None) -> Tensor:
-        ctx.save_for_backward(token_P, order_P)
-        ctx.sizes = pairs_per_token, x_ND.shape[0]  # type: ignore[attr-defined]
-        return x_ND.index_select(0, token_P[order_P])
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
-        token_P, order_P = ctx.saved_tensors  # type: ignore[attr-defined]
-        return sum_per_token(grad_PD.index_select(0, _inverse(order_P)), token_P, *ctx.sizes), None, None, None  # type: ignore[attr-defined]
-
-
-class _Permute(torch.autograd.Function):
-    """rows[order]; a gather both ways (autograd's own backward of indexing scatters, several times slower on CPUs)."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return rows.index_select(0, order)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        (inverse,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, inverse), None, None

@@ -9,8 +9,8 @@ import pytest
 from moetrain.base.errors import MoetrainError
 from tests.e2e.jobs import SMALL
 from tools.ablate_scmoe import AGAINST, SHARED, SIZE, TOP_2, VARIANTS, Result, config_of, main, summary, table
-from tools.seeds import interval
 from tools.campaign import Campaign
+from tools.seeds import interval
 
 PAIRED = [TOP_2, "DGMoE"]
 

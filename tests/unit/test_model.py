@@ -1,17 +1,22 @@
 """The model in one process: against dense oracles, and invariances that must hold for every block."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import linear, silu
 
 from moetrain.base.errors import MoetrainError
-from moetrain.model.config import AttentionConfig, ModelConfig
+from moetrain.model.config import AttentionConfig, ModelConfig, RopeConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import LocalDispatcher
 from moetrain.model.experts import Copies, Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
+from moetrain.model.mlp import gated
+from moetrain.model.rope import rotary, rotate
 from moetrain.model.shapes import parameter_shapes
 from moetrain.parallel.apply import apply_compile
 from moetrain.routing.config import RoutingConfig
@@ -107,6 +112,50 @@ def test_calls_of_one_visit_share_a_copy_of_the_weights_under_autocast(method: s
         loss = torch.stack([out.float().square().sum() for out in outs]).sum()
         gradients.append(torch.autograd.grad(loss, [*bank.parameters()]))
     assert all(torch.equal(own, shared) for own, shared in zip(*gradients, strict=True))
+
+
+def plain_swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return silu(gate) * up
+
+
+def plain_rotation(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-right, left], -1) * sin.to(x.dtype)
+
+
+def plain_experts(rows: Tensor, gate_up: Tensor, down: Tensor, count_e: Tensor) -> Tensor:
+    parts = zip(rows.split(count_e.tolist()), gate_up, down, strict=True)
+    return torch.cat([linear(plain_swiglu(linear(part, first)), second) for part, first, second in parts])
+
+
+def looped(rows: Tensor, gate_up: Tensor, down: Tensor, count_e: Tensor) -> Tensor:
+    return grouped_swiglu(rows, count_e, gate_up, down, "loop")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, "autocast"])
+def test_backward_passes_by_hand_have_the_bits_of_autograds(dtype: torch.dtype | str) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype if isinstance(dtype, torch.dtype) else torch.float32).requires_grad_()
+
+    cos, sin = rotary(torch.arange(9).expand(2, 9), 16, RopeConfig())
+    cases: list[tuple[Callable[..., Tensor], Callable[..., Tensor], list[Tensor]]] = [
+        (gated, plain_swiglu, [draw(3, 7, 10)]),
+        (partial(rotate, cos=cos, sin=sin), partial(plain_rotation, cos=cos, sin=sin), [draw(2, 9, 4, 16).transpose(1, 2)]),
+    ]
+    for counts in ([30, 0, 17, 1], [0, 0, 0, 0]):
+        count_e = torch.tensor(counts)
+        inputs = [draw(sum(counts), 8), draw(4, 24, 8), draw(4, 8, 12)]
+        cases.append((partial(looped, count_e=count_e), partial(plain_experts, count_e=count_e), inputs))
+    for mine, plain, inputs in cases:
+        found = []
+        for way in (mine, plain):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "autocast"):
+                out = way(*inputs)
+            found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
+        assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("method", ["bmm", "grouped_mm"])
