@@ -10,6 +10,8 @@ from torch import Tensor
 
 from moetrain.dist.mesh import Mesh
 
+CPU_PART = 1 << 17  # elements at a time: CPUs copy what they add up to float64 first, and of so many the copy stays in the cache
+
 
 class Kind(Enum):
     """How a gradient is spread, after it was summed over the ranks that share it."""
@@ -49,5 +51,6 @@ def _sum_of_squares(shards: Sequence[GradientShard], mesh: Mesh, *kinds: Kind) -
     total = torch.zeros((), dtype=torch.float64, device=mesh.world.device)
     for tensor, kind in shards:
         if kind in kinds and tensor.numel():
-            total += torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
+            for part in tensor.flatten().split(CPU_PART) if tensor.is_cpu else (tensor,):
+                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
     return total

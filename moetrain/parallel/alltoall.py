@@ -49,7 +49,7 @@ class AnnouncedCounts:
 
 @dataclass
 class AllToAllTicket:
-    """One layer's exchange under way. `order_P`: pairs in wire order; `slot_R`: received rows in slot order."""
+    """One layer's exchange under way. `order_P`: pairs in wire order; `slot_R`: received rows in slot order (None: they stand so)."""
 
     routing: Routing
     num_tokens: int
@@ -57,7 +57,7 @@ class AllToAllTicket:
     send_sizes: list[int]
     receive_sizes: list[int]
     count_e: Tensor
-    slot_R: Tensor
+    slot_R: Tensor | None
     under_way: Exchange
     received_RD: Tensor | None = field(default=None)
 
@@ -95,19 +95,23 @@ class AllToAllDispatcher:
         count_re = on_host_W.view(self._axis.size, self._num_local)
         receive_sizes = count_re.sum(1).tolist()
         exchange = Exchange("rows to experts", rows_PD, send_sizes, receive_sizes, self._axis)
-        slot_R = torch.argsort(self._slots.repeat_interleave(received_W, output_size=sum(receive_sizes)), stable=True)
+        slot_R = None
+        if self._axis.size > 1:
+            slot_R = torch.argsort(self._slots.repeat_interleave(received_W, output_size=sum(receive_sizes)), stable=True)
         return AllToAllTicket(routing, x_ND.shape[0], order_P, send_sizes, receive_sizes, count_re.sum(0), slot_R, exchange)
 
     def receive(self, ticket: Ticket) -> tuple[Tensor, Tensor]:
         """rows_RD by slot, then source rank, then token; count_e int64 on the host."""
         assert isinstance(ticket, AllToAllTicket)
-        ticket.received_RD = ticket.under_way.wait()
-        return permute(ticket.received_RD, ticket.slot_R), ticket.count_e
+        rows_RD = ticket.received_RD = ticket.under_way.wait()
+        return rows_RD if ticket.slot_R is None else permute(rows_RD, ticket.slot_R), ticket.count_e
 
     def send_back(self, rows_RD: Tensor, ticket: Ticket) -> AllToAllTicket:
         """Starts the way back and returns. rows_RD must not change until `combine`."""
         assert isinstance(ticket, AllToAllTicket)
-        back_RD = permute(_tied(rows_RD, ticket.received_RD), inverse(ticket.slot_R))
+        back_RD = _tied(rows_RD, ticket.received_RD)
+        if ticket.slot_R is not None:
+            back_RD = permute(back_RD, inverse(ticket.slot_R))
         ticket.received_RD = None
         ticket.under_way = Exchange("rows from experts", back_RD, ticket.receive_sizes, ticket.send_sizes, self._axis)
         return ticket

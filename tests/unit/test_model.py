@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from moetrain.base.errors import MoetrainError
 from moetrain.model.config import AttentionConfig, ModelConfig, RopeConfig
@@ -16,6 +16,7 @@ from moetrain.model.experts import Copies, Experts, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
 from moetrain.model.mlp import gated
+from moetrain.model.norm import RMSNorm
 from moetrain.model.rope import rotary, rotate
 from moetrain.model.shapes import parameter_shapes
 from moetrain.parallel.apply import apply_compile
@@ -156,6 +157,19 @@ def test_backward_passes_by_hand_have_the_bits_of_autograds(dtype: torch.dtype |
                 out = way(*inputs)
             found.append((out, *torch.autograd.grad(out.float().square().sum(), inputs)))
         assert all(torch.equal(one, other) and one.dtype == other.dtype for one, other in zip(*found, strict=True))
+
+
+def test_the_norm_is_torchs_to_the_bit_and_its_gradients_to_rounding() -> None:
+    generator = torch.Generator().manual_seed(3)
+    for dtype, tolerance in ((torch.float64, 1e-14), (torch.float32, 1e-6)):
+        norm = RMSNorm(24, 1e-5).to(dtype)
+        torch.nn.init.normal_(norm.weight, generator=generator)
+        x = torch.randn(3, 5, 24, dtype=dtype, generator=generator, requires_grad=True)
+        grad = torch.randn(3, 5, 24, dtype=dtype, generator=generator)
+        mine, theirs = norm(x), rms_norm(x, (24,), norm.weight, 1e-5)
+        assert torch.equal(mine, theirs)
+        for one, other in zip(*(torch.autograd.grad(out, [x, norm.weight], grad) for out in (mine, theirs)), strict=True):
+            torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * float(other.detach().abs().max()))
 
 
 @pytest.mark.parametrize("method", ["bmm", "grouped_mm"])
