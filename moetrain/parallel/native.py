@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from moetrain.data.batch import Batch
 from moetrain.dist.mesh import Mesh
@@ -16,6 +15,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.context import ForwardContext, Timer
 from moetrain.model.gpt import GPT, BankSite, GPTOutput, meta_model
 from moetrain.model.init import fill
+from moetrain.model.loss import cross_entropy_sum
 from moetrain.model.moe import Router
 from moetrain.model.state import ModelState
 from moetrain.optim.adamw import AdamW, NamedParameter
@@ -181,6 +181,4 @@ class TorchEngine:
 
 def loss_sum(logits_BSV: Tensor, batch: Batch) -> Tensor:
     """Cross-entropy in nats summed over valid labels, in at least float32."""
-    logits = logits_BSV if logits_BSV.dtype == torch.float64 else logits_BSV.float()
-    labels = batch.labels_BS.masked_fill(~batch.valid_BS, -100)
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+    return cross_entropy_sum(logits_BSV.flatten(0, 1), batch.labels_BS.flatten(), batch.valid_BS.flatten())

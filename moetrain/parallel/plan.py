@@ -209,7 +209,7 @@ def memory(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, a
         gathered=gathered * value,
         copies=held * compute if low_precision else 0,
         activations=int(micro_tokens * activation_bytes_per_token(model, value, compute, engine.recompute)),
-        logits=micro_tokens * model.vocab_size * (compute + 2 * max(value, 4)),  # the logits, their softmax and its gradient
+        logits=micro_tokens * model.vocab_size * 2 * compute,  # and their gradient; a softmax of a part beside them
         exchange=int(2 * rows * model.hidden_size * value),  # a send and a receive buffer
     )
 
@@ -231,9 +231,9 @@ def activation_bytes_per_token(model: ModelConfig, stream: int, compute: int, re
     heads = attention.head_dim * (attention.num_heads + attention.num_kv_heads)
     inside = {
         "attention": 3 * heads * compute + D * stream,  # q, k, v, rotated q and k, output of the heads; the normed input
-        "mlp": 4 * model.ffn_size * compute + D * stream,  # gate and up, silu(gate), the product
-        "experts": K * 4 * model.expert_ffn_size * compute,
-        "shared": 4 * model.num_shared_experts * model.shared_ffn_size * compute + D * stream,
+        "mlp": 3 * model.ffn_size * compute + D * stream,  # gate and up, the product
+        "experts": K * 3 * model.expert_ffn_size * compute,
+        "shared": 3 * model.num_shared_experts * model.shared_ffn_size * compute + D * stream,
     }
     routed = D * stream + 2 * model.routing.num_experts * 4 + K * D * (stream + compute)  # input, logits and scores, rows in and results
     inside["dense_attention"] = inside["attention"]
