@@ -4,6 +4,7 @@ world = dp = edp * ep; rank = edp_index * ep + ep_index.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 
 import torch.distributed as dist
@@ -34,11 +35,11 @@ class Axis:
     def size(self) -> int:
         return len(self.ranks)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Adds in place over this axis and returns the tensor."""
+    def sum_(self, tensor: Tensor, limit: timedelta | None = None) -> Tensor:
+        """Adds in place over this axis and returns the tensor. `limit`: how long to wait for the others (None: the world's time-out)."""
         if self.group is None:
             return tensor
-        return self.world.sum_(tensor, self.group, f"sum over {self.name}")
+        return self.world.sum_(tensor, self.group, f"sum over {self.name}", limit)
 
     @cached_property
     def link(self) -> Link:

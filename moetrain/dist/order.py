@@ -58,6 +58,7 @@ class Rehearsal(World):
         from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend
 
         super().__init__(world.rank, world.size, world.local_rank, torch.device("cpu"), "fake", world.watch.timeout_seconds)
+        self.played = world.backend
         self.stage = Stage(world.rank, world.watch.timeout_seconds)
         self.watch = self.stage
         self.calls: list[Call] = []

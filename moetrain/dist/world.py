@@ -37,6 +37,7 @@ class World:
         self.local_rank = local_rank
         self.device = device
         self.backend = backend  # single | gloo | nccl
+        self.played = backend  # whose calls are made: a rehearsal plays another world's
         self.watch = Watch(rank, timeout_seconds)
         self.group: dist.ProcessGroup | None = None  # of all ranks; None: the default group of torch
         self._store: Store | None = None
@@ -147,11 +148,22 @@ class World:
         self._num_notes += 1
         return PrefixStore(f"notes/{self._num_notes}", self._store)
 
-    def sum_(self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks") -> Tensor:
-        """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor."""
+    def sum_(
+        self, tensor: Tensor, group: dist.ProcessGroup | None = None, name: str = "sum over all ranks", limit: timedelta | None = None
+    ) -> Tensor:
+        """Adds `tensor` in place over the ranks of `group` (None: all) and returns it; a contiguous host or device tensor.
+
+        limit: how long to wait for the others, instead of the world's time-out.
+        """
         if self.size > 1:
             with self.watch.operation(name):
-                work = dist.all_reduce(tensor, group=group or self.group, async_op=True)
+                if limit is None:
+                    work = dist.all_reduce(tensor, group=group or self.group, async_op=True)
+                else:
+                    assert group is not None
+                    options = dist.AllreduceOptions()
+                    options.timeout = limit
+                    work = group.allreduce([tensor], options)
                 assert work is not None
                 work.wait()
                 if tensor.is_cuda and self.watch.watchdog:

@@ -95,7 +95,7 @@ def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens
 
     Summed pair by pair in token order, so the result does not depend on where experts live.
     """
-    weighted_PD = permute(rows_PD, inverse(order_P)) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
+    weighted_PD = permute(rows_PD, inverse(order_P), order_P) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
     return sum_per_token(weighted_PD, routing.token_P, routing.pairs_per_token, num_tokens)
 
 
@@ -116,9 +116,10 @@ def inverse(order: Tensor) -> Tensor:
     return result
 
 
-def permute(rows: Tensor, order: Tensor) -> Tensor:
-    """rows[order], of a permutation; a gather both ways (autograd's own backward of indexing scatters, several times slower on CPUs)."""
-    return cast(Tensor, _Permute.apply(rows, order))
+def permute(rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+    """rows[order], of a permutation and its inverse; a gather both ways (autograd's own backward of indexing scatters, several times slower
+    on CPUs)."""
+    return cast(Tensor, _Permute.apply(rows, order, back))
 
 
 def spread(x_ND: Tensor, routing: Routing, order_P: Tensor) -> Tensor:
@@ -128,15 +129,15 @@ def spread(x_ND: Tensor, routing: Routing, order_P: Tensor) -> Tensor:
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor) -> Tensor:
-        ctx.save_for_backward(order)
+    def forward(ctx: FunctionCtx, rows: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
         return rows.index_select(0, order)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        (order,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return grad.index_select(0, inverse(order)), None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
+        (back,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return grad.index_select(0, back), None, None
 
 
 class _Spread(torch.autograd.Function):

@@ -100,36 +100,42 @@ def _has_sound_grouped_mm(device: torch.device) -> bool:
 
 def _loop(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:
     """One expert after the other; under autocast in its type."""
-    if torch.is_autocast_enabled(rows_RD.device.type):
+    if torch.is_autocast_enabled(rows_RD.device.type) and rows_RD.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(rows_RD.device.type)
         rows_RD, gate_up_eGD, down_eDF = rows_RD.to(dtype), gate_up_eGD.to(dtype), down_eDF.to(dtype)
-    return cast(Tensor, _Loop.apply(rows_RD, gate_up_eGD, down_eDF, count_e.tolist()))
+    is_kept = torch.is_grad_enabled() and any(x.requires_grad for x in (rows_RD, gate_up_eGD, down_eDF))
+    return cast(Tensor, _Loop.apply(rows_RD, gate_up_eGD, down_eDF, count_e.tolist(), is_kept))
 
 
 class _Loop(torch.autograd.Function):
     """SwiGLU of one expert's rows after the other's, each product written where it belongs.
 
-    Autograd would do the same products, and copy outputs, row gradients and all weight gradients together afterwards.
+    Autograd would do the same products, and copy outputs, row gradients and all weight gradients together afterwards. What lies between two
+    products is kept of all rows if `is_kept`, else of one expert's at a time.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows_RD: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts: list[int]) -> Tensor:
-        gate_up_RG = rows_RD.new_empty(rows_RD.shape[0], gate_up_eGD.shape[1])
-        hidden_RF = rows_RD.new_empty(rows_RD.shape[0], down_eDF.shape[2])
+    def forward(ctx: FunctionCtx, rows_RD: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor, counts: list[int], is_kept: bool) -> Tensor:
+        height = rows_RD.shape[0] if is_kept else max(counts, default=0)
+        gate_up_RG, hidden_RF = (rows_RD.new_empty(height, width) for width in (gate_up_eGD.shape[1], down_eDF.shape[2]))
         out_RD = torch.empty_like(rows_RD)
-        tensors = zip(*(x.split(counts) for x in (rows_RD, gate_up_RG, hidden_RF, out_RD)), gate_up_eGD, down_eDF, strict=True)
-        for rows, gate_up, hidden, out, gate_up_weight, down_weight in tensors:
-            torch.mm(rows, gate_up_weight.t(), out=gate_up)
+        parts = zip(rows_RD.split(counts), out_RD.split(counts), gate_up_eGD, down_eDF, strict=True)
+        start = 0
+        for rows, out, gate_up_weight, down_weight in parts:
+            place = slice(start, start + len(rows))
+            gate_up, hidden = torch.mm(rows, gate_up_weight.t(), out=gate_up_RG[place]), hidden_RF[place]
             gate, up = gate_up.chunk(2, dim=-1)
             torch.ops.aten.silu.out(gate, out=hidden)
             torch.mm(hidden.mul_(up), down_weight.t(), out=out)
-        ctx.save_for_backward(rows_RD, gate_up_RG, hidden_RF, gate_up_eGD, down_eDF)
+            start += len(rows) if is_kept else 0
+        if is_kept:
+            ctx.save_for_backward(rows_RD, gate_up_RG, hidden_RF, gate_up_eGD, down_eDF)
         ctx.counts = counts  # type: ignore[attr-defined]
         return out_RD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: FunctionCtx, grad_RD: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         rows_RD, gate_up_RG, hidden_RF, gate_up_eGD, down_eDF = ctx.saved_tensors  # type: ignore[attr-defined]
         by_row = (rows_RD, gate_up_RG, hidden_RF, grad_RD, grad_rows_RD := torch.empty_like(rows_RD))
         by_expert = (gate_up_eGD, down_eDF, grad_gate_up_eGD := torch.empty_like(gate_up_eGD), grad_down_eDF := torch.empty_like(down_eDF))
@@ -139,7 +145,7 @@ class _Loop(torch.autograd.Function):
             grad_gate_up = gated_backward(grad @ down_weight, gate_up)
             torch.mm(grad_gate_up.t(), rows, out=grad_gate_up_weight)
             torch.mm(grad_gate_up, gate_up_weight, out=grad_rows)
-        return grad_rows_RD, grad_gate_up_eGD, grad_down_eDF, None
+        return grad_rows_RD, grad_gate_up_eGD, grad_down_eDF, None, None
 
 
 def _padded_bmm(rows_RD: Tensor, count_e: Tensor, gate_up_eGD: Tensor, down_eDF: Tensor) -> Tensor:

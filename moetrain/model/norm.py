@@ -38,6 +38,6 @@ class _Normed(torch.autograd.Function):
         x, inverse, weight = ctx.saved_tensors  # type: ignore[attr-defined]
         normed = x * inverse
         product = grad * normed
-        along = (product @ weight).unsqueeze(-1).div_(weight.numel())
+        along = (product * weight).sum(-1, keepdim=True).div_(weight.numel())  # no matrix product, which autocast would round
         grad_x = (grad * weight).sub_(normed.mul_(along)).mul_(inverse)
-        return grad_x, product.flatten(0, -2).sum(0), None
+        return grad_x, product.reshape(-1, weight.numel()).sum(0), None

@@ -21,7 +21,7 @@ def rotary(position_BS: Tensor, head_dim: int, config: RopeConfig) -> tuple[Tens
 def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates pairs (i, i + d/2)."""
     cos, sin = cos.to(x_BHSd.dtype), sin.to(x_BHSd.dtype)
-    if torch.compiler.is_compiling():  # which fuses better than we do
+    if not x_BHSd.is_cpu or torch.compiler.is_compiling():  # it fuses better than we do, and launches on a GPU cost more than passes
         left, right = x_BHSd.chunk(2, dim=-1)
         return x_BHSd * cos + torch.cat([-right, left], dim=-1) * sin
     return cast(Tensor, _Rotate.apply(x_BHSd, cos, sin))

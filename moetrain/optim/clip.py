@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain.dist.mesh import Mesh
 
-CPU_PART = 1 << 17  # elements at a time: CPUs copy what they add up to float64 first, and of so many the copy stays in the cache
+CPU_PART = 1 << 17  # elements a thread at a time: CPUs copy what they add up to float64 first, and so little of it stays in the cache
 
 
 class Kind(Enum):
@@ -51,6 +51,6 @@ def _sum_of_squares(shards: Sequence[GradientShard], mesh: Mesh, *kinds: Kind) -
     total = torch.zeros((), dtype=torch.float64, device=mesh.world.device)
     for tensor, kind in shards:
         if kind in kinds and tensor.numel():
-            for part in tensor.flatten().split(CPU_PART) if tensor.is_cpu else (tensor,):
+            for part in tensor.flatten().split(CPU_PART * torch.get_num_threads()) if tensor.is_cpu else (tensor,):
                 total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
     return total

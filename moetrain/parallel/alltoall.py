@@ -104,14 +104,14 @@ class AllToAllDispatcher:
         """rows_RD by slot, then source rank, then token; count_e int64 on the host."""
         assert isinstance(ticket, AllToAllTicket)
         rows_RD = ticket.received_RD = ticket.under_way.wait()
-        return rows_RD if ticket.slot_R is None else permute(rows_RD, ticket.slot_R), ticket.count_e
+        return rows_RD if ticket.slot_R is None else permute(rows_RD, ticket.slot_R, inverse(ticket.slot_R)), ticket.count_e
 
     def send_back(self, rows_RD: Tensor, ticket: Ticket) -> AllToAllTicket:
         """Starts the way back and returns. rows_RD must not change until `combine`."""
         assert isinstance(ticket, AllToAllTicket)
         back_RD = _tied(rows_RD, ticket.received_RD)
         if ticket.slot_R is not None:
-            back_RD = permute(back_RD, inverse(ticket.slot_R))
+            back_RD = permute(back_RD, inverse(ticket.slot_R), ticket.slot_R)
         ticket.received_RD = None
         ticket.under_way = Exchange("rows from experts", back_RD, ticket.receive_sizes, ticket.send_sizes, self._axis)
         return ticket

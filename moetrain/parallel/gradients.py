@@ -17,7 +17,10 @@ from moetrain.parallel.early import EarlySums
 from moetrain.parallel.fragments import bank_of, local
 
 PIECE_BYTES = 32 << 20
-EARLY_PIECE_BYTES = 512 << 10  # an exchange that starts beside a piece is held up by it: for 20 ms at 200 Mbit/s
+HOP_BYTES = (
+    256 << 10
+)  # of an early piece, for every rank of its ring: an exchange beside it is held up, on two ranks by 20 ms at 200 Mbit/s
+EARLY_PATIENCE = 10  # time-outs: a rank that is done with its exchanges may wait for the rest of the others' backward passes
 
 
 def shard_kind(name: str, parameter: Tensor, model: GPT) -> Kind:
@@ -36,6 +39,7 @@ class Piece:
     parameters: tuple[Parameter, ...]
     start: int = 0
     stop: int | None = None
+    patience: int = 1  # in time-outs
 
     def make(self) -> None:
         """Adds the gradients over the axis, in place. A parameter without one is left out: it has none on any rank."""
@@ -43,12 +47,15 @@ class Piece:
         if not gradients:
             return
         if len(gradients) == 1 and gradients[0].is_contiguous():
-            self.axis.sum_(gradients[0].view(-1)[self.start : self.stop])
+            self._sum(gradients[0].view(-1)[self.start : self.stop])
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
-        self.axis.sum_(flat[self.start : self.stop])
+        self._sum(flat[self.start : self.stop])
         for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient))
+
+    def _sum(self, flat: Tensor) -> None:
+        self.axis.sum_(flat, None if self.patience == 1 else self.axis.world.timeout * self.patience)
 
 
 class GradientSync:
@@ -58,19 +65,22 @@ class GradientSync:
     step sums early or afterwards changes no bit.
     """
 
-    def __init__(self, model: GPT, mesh: Mesh, when: str = "after", early_piece_bytes: int = EARLY_PIECE_BYTES) -> None:
+    def __init__(self, model: GPT, mesh: Mesh, when: str = "after", hop_bytes: int = HOP_BYTES) -> None:
         self.parameters = [(parameter, shard_kind(name, parameter, model)) for name, parameter in model.named_parameters()]
         dense, experts = (
             [(parameter, axis) for parameter, its in self.parameters if its is kind and axis.size > 1]
             for kind, axis in ((Kind.DENSE_REPLICATED, mesh.dp), (Kind.EXPERT_REPLICATED, mesh.edp))
         )
         self.early: EarlySums | None = None
-        if when == "auto" and mesh.world.backend == "gloo" and not any(isinstance(parameter, DTensor) for parameter, _ in self.parameters):
-            axes = dict[Parameter, Axis](dense + experts)
-            self.pieces = pieces(((parameter, axes[parameter]) for parameter in as_made(model) if parameter in axes), early_piece_bytes)
-            self.early = EarlySums(self.pieces, mesh.ep.link) if self.pieces else None
-        else:
+        has_shards = any(isinstance(parameter, DTensor) for parameter, _ in self.parameters)
+        if when == "after" or mesh.world.played != "gloo" or has_shards:
             self.pieces = pieces(dense, PIECE_BYTES) + pieces(experts, PIECE_BYTES)
+            return
+        axes = dict[Parameter, Axis](dense + experts)
+        size = min(PIECE_BYTES, hop_bytes * mesh.dp.size) if mesh.ep.size > 1 else PIECE_BYTES
+        self.pieces = pieces(((parameter, axes[parameter]) for parameter in as_made(model) if parameter in axes), size, EARLY_PATIENCE)
+        if self.pieces and mesh.world.backend == "gloo":  # a rehearsal makes the same sums, afterwards
+            self.early = EarlySums(self.pieces, mesh.ep.link)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -115,7 +125,7 @@ def as_made(model: GPT) -> list[Parameter]:
     return order[0] + order[1]
 
 
-def pieces(parameters: Iterable[tuple[Parameter, Axis]], size_bytes: int) -> list[Piece]:
+def pieces(parameters: Iterable[tuple[Parameter, Axis]], size_bytes: int, patience: int = 1) -> list[Piece]:
     """Slices of parameters bigger than `size_bytes`, and of the others those of one axis, one after the other, as many as fit.
 
     All members of an axis hold parameters of the same sizes, so they have its pieces in the same order, whatever stands between them.
@@ -128,12 +138,12 @@ def pieces(parameters: Iterable[tuple[Parameter, Axis]], size_bytes: int) -> lis
         size, axes[axis.name] = local(parameter).nbytes, axis
         if size > size_bytes:
             step = size_bytes // parameter.element_size()
-            found += [Piece(axis, (parameter,), start, start + step) for start in range(0, local(parameter).numel(), step)]
+            found += [Piece(axis, (parameter,), start, start + step, patience) for start in range(0, local(parameter).numel(), step)]
             continue
         gathered = gathering.setdefault(axis.name, [])
         if gathered and size > room[axis.name]:
-            found.append(Piece(axis, tuple(gathered)))
+            found.append(Piece(axis, tuple(gathered), patience=patience))
             gathered.clear()
         room[axis.name] = (room[axis.name] if gathered else size_bytes) - size
         gathered.append(parameter)
-    return found + [Piece(axes[name], tuple(gathered)) for name, gathered in gathering.items() if gathered]
+    return found + [Piece(axes[name], tuple(gathered), patience=patience) for name, gathered in gathering.items() if gathered]

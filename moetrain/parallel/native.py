@@ -15,7 +15,7 @@ from moetrain.model.config import ModelConfig
 from moetrain.model.context import ForwardContext, Timer
 from moetrain.model.gpt import GPT, BankSite, GPTOutput, meta_model
 from moetrain.model.init import fill
-from moetrain.model.loss import cross_entropy_sum
+from moetrain.model.loss import cross_entropy
 from moetrain.model.moe import Router
 from moetrain.model.state import ModelState
 from moetrain.optim.adamw import AdamW, NamedParameter
@@ -102,13 +102,13 @@ class TorchEngine:
         """Forward and backward of one micro-batch; its share of the global loss is its sum / total."""
         context = replace(self._context(batch, dict(zip(self.config.banks(), sums.carried_load, strict=True))), timer=timer)
         output = self._forward(batch, context)
-        nats = loss_sum(output.logits_BSV, batch)
+        scale = 1 / max(total, 1)
+        loss, nats = loss_of(output.logits_BSV, batch, scale)
         routing = self.config.routing
-        loss = nats
         for stats in output.stats:
-            loss = loss + routing.auxiliary_loss_weight * stats.auxiliary + routing.z_loss_weight * stats.z
+            loss = loss + (routing.auxiliary_loss_weight * stats.auxiliary + routing.z_loss_weight * stats.z) * scale
         with self.world.watch.operation("the backward pass", timed=False):
-            (loss / max(total, 1)).backward()
+            loss.backward()
         sums.add(nats, batch, output.stats)
 
     def _forward(self, batch: Batch, context: ForwardContext) -> GPTOutput:
@@ -147,7 +147,7 @@ class TorchEngine:
     def evaluate(self, batch: Batch) -> LossSums:
         batch = batch.to(self.world.device)
         output = self._forward(batch, replace(self._context(batch, {}), dropless=True))
-        sums = torch.stack([loss_sum(output.logits_BSV, batch).double(), batch.valid_BS.sum().double()])
+        sums = torch.stack([loss_of(output.logits_BSV, batch)[1].double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()
         reshard(self.model)
         return LossSums(nats, int(num_tokens))
@@ -179,6 +179,6 @@ class TorchEngine:
         return tokens[len(prompt) :]
 
 
-def loss_sum(logits_BSV: Tensor, batch: Batch) -> Tensor:
-    """Cross-entropy in nats summed over valid labels, in at least float32."""
-    return cross_entropy_sum(logits_BSV.flatten(0, 1), batch.labels_BS.flatten(), batch.valid_BS.flatten())
+def loss_of(logits_BSV: Tensor, batch: Batch, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Cross-entropy in nats summed over valid labels, in at least float32: times `scale`, to be differentiated, and as it is."""
+    return cross_entropy(logits_BSV.flatten(0, 1), batch.labels_BS.flatten(), batch.valid_BS.flatten(), scale)

@@ -26,8 +26,8 @@ class StepObserver:
 
     @property
     def needs_the_link(self) -> bool:
-        """Whether the step under way is recorded or tried: nothing but exchanges may travel until its last backward pass has ended."""
-        return self._recorder is not None or self._stopwatch is not None
+        """Whether the step under way is recorded: nothing but exchanges may travel until its last backward pass has ended."""
+        return self._recorder is not None
 
     @contextmanager
     def step(self) -> Iterator[Timer]:

@@ -4,6 +4,7 @@ As in test_parity, Adam's first moment after one step shows every gradient.
 """
 
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from threading import Event
 
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.dist
 
 RANKS = 4
 SECONDS = 30.0  # a test that fails waits so long
-SMALL_PIECES = 512  # bytes: some gradients in slices, others together
+SMALL_HOPS = 128  # bytes: some gradients in slices, others together
 
 
 class Sums:
@@ -37,8 +38,8 @@ class Sums:
         self.was_one = Event()
         real = Axis.sum_
 
-        def sum_(axis: Axis, tensor: Tensor) -> Tensor:
-            result = real(axis, tensor)
+        def sum_(axis: Axis, tensor: Tensor, limit: timedelta | None = None) -> Tensor:
+            result = real(axis, tensor, limit)
             if axis.name in self.made:
                 self.made[axis.name] += 1
                 self.was_one.set()
@@ -57,7 +58,7 @@ def engine_of(world: World, when: str, num_experts: int, slot: int = 1) -> Torch
     config = replace(model_config(fold), num_layers=4, pattern=["scmoe"], shortcut=ShortcutConfig([1, 3]))
     parallel = ParallelConfig(ep=2, reduce_gradients=when, overlap=OverlapConfig(slot=slot))
     engine = TorchEngine(config, parallel, EngineConfig(dtype="float64", autocast="off"), OptimConfig(), world, Mesh(world, 2))
-    engine.gradients = GradientSync(engine.model, engine.mesh, when, SMALL_PIECES)
+    engine.gradients = GradientSync(engine.model, engine.mesh, when, SMALL_HOPS)
     engine.initialize(seed=1)
     return engine
 
@@ -66,16 +67,22 @@ def one_step(engine: TorchEngine, step: int, sums: Sums, is_early: bool) -> tupl
     """Sums made by the end of the step's passes, and its first moments."""
     sums.take()
 
+    def hold(grad: Tensor) -> None:
+        """Stops the last backward pass between the two pairs until there was a sum: of the second pair, whose exchanges have landed."""
+        early = engine.gradients.early
+        if early is not None and early.has_begun:
+            assert sums.was_one.wait(SECONDS), "nothing was summed while the backward pass computed"
+
     def before_update() -> None:
         early = engine.gradients.early
         assert (early is not None and early.has_begun) is is_early
-        if is_early:
-            assert sums.was_one.wait(SECONDS), "nothing was summed before the update was due"
         before.append(sum(sums.made.values()))
 
     before: list[int] = []
+    first = engine.model.blocks[0].register_forward_hook(lambda block, arguments, output: output[0].register_hook(hold) and None)
     batches = [micro_batch(step, index * RANKS + engine.world.rank) for index in range(2)]
     engine.step(batches, 1e-3, before_update)
+    first.remove()
     assert engine.mesh.ep.link.under_way == []
     return before[0], [fragment for fragment in detached(engine.state()) if fragment.component == "m"]
 

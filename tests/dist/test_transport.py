@@ -1,6 +1,7 @@
 """Every transport moves the same rows: any sizes, type and number of ranks, several exchanges under way, both ways through autograd."""
 
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -114,6 +115,19 @@ def telling_when_it_landed(axis: Axis) -> None:
     assert flight.land()[:, 0].tolist() == [float(source) for source in range(axis.size)]
 
 
+def landing_from_two_threads(axis: Axis) -> None:
+    """Whoever comes first waits for the messages, and both return when they are there."""
+    axis.link.transport = PointToPoint()
+    sizes = [1] * axis.size
+    for number in range(8):
+        flight = launch(f"number {number}", torch.full((axis.size, CHUNKED), float(number + axis.index)), sizes, sizes, axis)
+        settling = Thread(target=axis.link.settle, daemon=True)
+        settling.start()
+        assert flight.land()[:, 0].tolist() == [float(number + source) for source in range(axis.size)]
+        settling.join()
+        assert axis.link.under_way == []
+
+
 def on_the_wire(axis: Axis) -> None:
     """bfloat16 on the wire rounds rows and gradients once, and halves the bytes; counts and smaller rows stay as they are."""
     axis.link.transport = Blocking(PointToPoint())
@@ -208,6 +222,7 @@ def check_all(world: World) -> str:
             in_pieces(axis)
             landing_in_the_other_order(axis)
             telling_when_it_landed(axis)
+            landing_from_two_threads(axis)
             on_the_wire(axis)
             without_peers(axis)
         chunks_share_one_count_exchange(axis) if axis.size > 1 else journey(axis, PointToPoint(), torch.ones(2, 1), [2], [2])

@@ -5,7 +5,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from moetrain.model import loss
-from moetrain.model.loss import cross_entropy_sum
+from moetrain.model.loss import cross_entropy as ours
 
 VALID = {"all": [True] * 7, "some": [True, False, True, True, False, False, True], "none": [False] * 7}
 
@@ -20,31 +20,43 @@ def test_loss_and_gradient_are_torchs(
     generator = torch.Generator().manual_seed(1)
     logits = (5 * torch.randn(7, 11, generator=generator)).to(dtype).requires_grad_()
     label, mask = torch.randint(0, 11, (7,), generator=generator), torch.tensor(valid)
-    mine = cross_entropy_sum(logits, label, mask)
+    scaled, mine = ours(logits, label, mask, 0.3)
     wide = logits if dtype == torch.float64 else logits.float()
     theirs = cross_entropy(wide, label.masked_fill(~mask, -100), ignore_index=-100, reduction="sum")
-    assert mine.dtype == theirs.dtype
-    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=0)
-    (grad,), (expected,) = (torch.autograd.grad(0.3 * one, logits) for one in (mine, theirs))
+    assert mine.dtype == theirs.dtype and not mine.requires_grad
+    torch.testing.assert_close(mine, theirs.detach(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(scaled, 0.3 * theirs, rtol=1e-6, atol=0)
+    (grad,), (expected,) = (torch.autograd.grad(0.7 * one, logits) for one in (scaled, 0.3 * theirs))
     assert grad.dtype == dtype
     torch.testing.assert_close(grad, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_gradient_in_low_precision_is_rounded_once() -> None:
+    logits = torch.randn(64, 11).to(torch.bfloat16).requires_grad_()
+    label, mask, scale = torch.arange(64) % 11, torch.ones(64, dtype=torch.bool), 1 / (3 << 14)
+    grads = []
+    for one in (ours(logits, label, mask, scale)[0], cross_entropy(logits.float(), label, reduction="sum") * scale):
+        grads += torch.autograd.grad(one, logits)
+    torch.testing.assert_close(grads[0], grads[1], rtol=2**-8, atol=0)
+    assert (grads[0] != grads[1]).float().mean() < 0.02
 
 
 def test_a_label_that_does_not_count_may_be_anything() -> None:
     logits = torch.randn(3, 5).requires_grad_()
     with torch.no_grad():
         logits[1] = float("nan")
-    nats = cross_entropy_sum(logits, torch.tensor([4, -1, 0]), torch.tensor([True, False, True]))
-    assert torch.isfinite(nats)
+    scaled, nats = ours(logits, torch.tensor([4, -1, 0]), torch.tensor([True, False, True]), 0.5)
+    scaled.backward()
+    assert torch.isfinite(nats) and logits.grad is not None and torch.isfinite(logits.grad).all() and not logits.grad[1].any()
 
 
 def test_only_one_backward_pass_and_none_without_gradient() -> None:
     logits = torch.randn(3, 5).requires_grad_()
-    arguments = torch.tensor([4, 1, 0]), torch.tensor([True, False, True])
-    nats = cross_entropy_sum(logits, *arguments)
-    nats.backward(retain_graph=True)
+    arguments = torch.tensor([4, 1, 0]), torch.tensor([True, False, True]), 1.0
+    scaled, _ = ours(logits, *arguments)
+    scaled.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
-        nats.backward()
+        scaled.backward()
     with torch.no_grad():
-        assert not cross_entropy_sum(logits, *arguments).requires_grad
-    assert not cross_entropy_sum(logits.detach(), *arguments).requires_grad
+        assert not ours(logits, *arguments)[0].requires_grad
+    assert not ours(logits.detach(), *arguments)[0].requires_grad
