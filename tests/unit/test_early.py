@@ -177,9 +177,10 @@ def test_an_error_is_raised_in_the_main_thread_and_nothing_is_summed_behind_it()
     sums[1].error = ValueError("no peer")
     early = EarlySums(sums, link())
     early.begin()
-    backward(parameters)
-    with pytest.raises(ValueError, match="no peer"):
+    with pytest.raises(ValueError, match="no peer"):  # in the pass, where it is told in time
+        backward(parameters)
         early.finish()
+    early.abandon()
     assert made == ["c"]
     sums[1].error = None
     early.begin()
