@@ -22,7 +22,7 @@ class ParallelConfig:
     dense: str = "replicate"  # dense parameters: replicate | fsdp (FSDP2 over all ranks; experts over their edp ranks)
     placement_seed: int | None = None  # a random permutation of experts over ranks; null = contiguous
     wire_dtype: str = "auto"  # of rows to experts and back: same (as computed) | bfloat16 | auto: bfloat16 where experts compute in it
-    reduce_gradients: str = "auto"  # over ranks that hold copies: after (the backward) | auto: on gloo during it, beside no exchange
+    reduce_gradients: str = "auto"  # over ranks that hold copies: after (the backward) | auto: on gloo during it, between exchanges
     check_order: bool = True  # before the first step: all ranks must be about to make the same collective calls, or the job ends
     overlap: OverlapConfig = field(default_factory=OverlapConfig)
     timeout_seconds: float = 120.0  # a collective that takes longer ends the job, naming rank and operation

@@ -17,9 +17,7 @@ from moetrain.parallel.early import EarlySums
 from moetrain.parallel.fragments import bank_of, local
 
 PIECE_BYTES = 32 << 20
-HOP_BYTES = (
-    256 << 10
-)  # of an early piece, for every rank of its ring: an exchange beside it is held up, on two ranks by 20 ms at 200 Mbit/s
+HOP_BYTES = 256 << 10  # of an early piece, for every rank of its ring: it holds an exchange up, on two ranks at 200 Mbit/s by 20 ms
 EARLY_PATIENCE = 10  # time-outs: a rank that is done with its exchanges may wait for the rest of the others' backward passes
 
 
