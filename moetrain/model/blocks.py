@@ -4,7 +4,6 @@ The overlap is the order of the calls: rows leave when the shortcut tensor exist
 added at the end. B sequences, S tokens, D hidden.
 """
 
-from dataclasses import replace
 from functools import partial
 
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from moetrain.model.attention import Attention, AttentionInputs
 from moetrain.model.config import ModelConfig
 from moetrain.model.context import ForwardContext
+from moetrain.model.experts import Visit
 from moetrain.model.kinds import Place
 from moetrain.model.mlp import NormedSwiGLU
 from moetrain.model.moe import MoE, Trip
@@ -64,7 +64,8 @@ class RoutedBlock(nn.Module):
         for name in self.before:
             h_BSD = h_BSD + self._update(name, h_BSD, inputs, context)
         x_BSD = self.moe.norm(h_BSD)
-        trip = self.moe.start(x_BSD, self.schedule.num_chunks, context)
+        visit = Visit(self.schedule.num_chunks * (2 if self.gates_again else 1))
+        trip = self.moe.start(x_BSD, self.schedule.num_chunks, context, visit)
         weight = None
         for slot, name in enumerate(self.operators, start=1):
             self._experts(trip, slot, context)
@@ -94,8 +95,7 @@ class RoutedBlock(nn.Module):
     def _second_choice(self, h_BSD: Tensor, first: Trip, context: ForwardContext) -> Trip:
         """DGMoE: the current token chooses too, and not what its shortcut has."""
         taken = first.routing if self.distinct else None
-        trip = self.moe.start(self.moe.norm(h_BSD), self.schedule.num_chunks, context, taken)
-        return replace(trip, copies=first.copies)
+        return self.moe.start(self.moe.norm(h_BSD), self.schedule.num_chunks, context, first.visit, taken)
 
     def _combined(self, h_BSD: Tensor, trips: list[Trip], weight: Tensor | None, context: ForwardContext) -> BlockOutput:
         """The stream with what the experts say; `weight` is the routed half of a two-way gate. A second trip's experts run here."""

@@ -17,10 +17,33 @@ METHODS = ("auto", "loop", "bmm", "grouped_mm")
 
 
 @dataclass
-class Copies:
-    """Weights in autocast's type, made by who needs them first."""
+class Visit:
+    """All calls of a bank by one block in one forward pass: one per gating and token chunk."""
 
-    by_name: dict[str, Tensor] = field(default_factory=dict)
+    num_calls: int
+    done: int = 0
+    copies: dict[str, Tensor] = field(default_factory=dict)  # by name: weights in autocast's type, made by who needs them first
+
+    def next(self) -> "Call":
+        self.done += 1
+        return Call(self, self.done)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a visit. A recomputed call is the same one."""
+
+    visit: Visit
+    number: int  # from 1
+
+    @property
+    def is_first(self) -> bool:
+        """So the backward pass comes by last."""
+        return self.number == 1
+
+    @property
+    def is_last(self) -> bool:
+        return self.number == self.visit.num_calls
 
 
 class ExpertBank(Protocol):
@@ -30,9 +53,9 @@ class ExpertBank(Protocol):
         """A hint that these global experts are needed soon; returns at once."""
         ...
 
-    def __call__(self, rows_RD: Tensor, count_e: Tensor, copies: Copies | None = None) -> Tensor:
-        """Expert outputs [R, D]; count_e (int64, host) says how many consecutive rows each slot takes. `copies`: of one visit, so that
-        under autocast all its chunks share one copy of the weights; None: every call makes its own."""
+    def __call__(self, rows_RD: Tensor, count_e: Tensor, call: Call | None = None, shares_copies: bool = True) -> Tensor:
+        """Expert outputs [R, D]; count_e (int64, host) says how many consecutive rows each slot takes. Under autocast all calls of a
+        visit that share them need one copy of the weights; without a `call` every one makes its own."""
         ...
 
 
@@ -48,18 +71,19 @@ class Experts(nn.Module):
     def prefetch(self, experts: tuple[int, ...]) -> None:
         """Resident weights are always there."""
 
-    def forward(self, rows_RD: Tensor, count_e: Tensor, copies: Copies | None = None) -> Tensor:
+    def forward(self, rows_RD: Tensor, count_e: Tensor, call: Call | None = None, shares_copies: bool = True) -> Tensor:
+        copies = call.visit.copies if call is not None and shares_copies else None
         gate_up, down = self._weight("gate_up_proj", rows_RD, copies), self._weight("down_proj", rows_RD, copies)
         return grouped_swiglu(rows_RD, count_e, gate_up, down, self.method)
 
-    def _weight(self, name: str, rows_RD: Tensor, copies: Copies | None) -> Tensor:
+    def _weight(self, name: str, rows_RD: Tensor, copies: dict[str, Tensor] | None) -> Tensor:
         weight = getattr(self, name)
         kind = rows_RD.device.type
         if copies is None or not torch.is_autocast_enabled(kind) or weight.dtype != torch.float32:
             return weight
-        if name not in copies.by_name:
-            copies.by_name[name] = weight.detach().to(torch.get_autocast_dtype(kind))
-        return cast(Tensor, _InLowPrecision.apply(weight, copies.by_name[name]))
+        if name not in copies:
+            copies[name] = weight.detach().to(torch.get_autocast_dtype(kind))
+        return cast(Tensor, _InLowPrecision.apply(weight, copies[name]))
 
 
 class _InLowPrecision(torch.autograd.Function):

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from moetrain.model.config import SHARED_GATES, ModelConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import Dispatcher, Ticket
-from moetrain.model.experts import Copies, Experts
+from moetrain.model.experts import Experts, Visit
 from moetrain.model.kinds import Kind
 from moetrain.model.mlp import NormedSwiGLU, SwiGLU
 from moetrain.model.norm import RMSNorm
@@ -26,7 +26,7 @@ class Trip:
 
     routing: Routing  # of all chunks
     tickets: list[Ticket]
-    copies: Copies  # of the experts' weights
+    visit: Visit  # of the bank
 
 
 class Router(nn.Module):
@@ -62,7 +62,7 @@ class MoE(nn.Module):
             if SHARED_GATES[config.shared_gate]:
                 self.shared_gate = nn.Linear(config.hidden_size, SHARED_GATES[config.shared_gate], bias=False)
 
-    def start(self, x_BSD: Tensor, num_chunks: int, context: ForwardContext, taken: Routing | None = None) -> Trip:
+    def start(self, x_BSD: Tensor, num_chunks: int, context: ForwardContext, visit: Visit, taken: Routing | None = None) -> Trip:
         """Normed x_BSD routed and on its way, in `num_chunks` runs of consecutive tokens. `taken`: experts that a token must not choose."""
         x_ND = x_BSD.flatten(0, 1)
         routing = self.route(x_ND, (x_BSD.shape[0], x_BSD.shape[1]), context, taken)
@@ -70,7 +70,7 @@ class MoE(nn.Module):
         parts = routing.split(sizes)
         counts = self.dispatcher.announce(parts)
         chunks_ND = x_ND.split(sizes) if num_chunks > 1 else [x_ND]
-        return Trip(routing, [self.dispatcher.send(*each) for each in zip(chunks_ND, parts, counts, strict=True)], Copies())
+        return Trip(routing, [self.dispatcher.send(*each) for each in zip(chunks_ND, parts, counts, strict=True)], visit)
 
     def route(self, x_ND: Tensor, shape_BS: tuple[int, int], context: ForwardContext, taken: Routing | None = None) -> Routing:
         scores = gate_scores(self.router(x_ND), self.config, self.router.balance_bias)
@@ -81,8 +81,8 @@ class MoE(nn.Module):
     def compute(self, trip: Trip, chunk: int, name: str, context: ForwardContext) -> None:
         """Waits for the rows of a chunk, runs the experts, sends the results back. `name`: of the block, for the timer."""
         rows_RD, count_e = self.dispatcher.receive(trip.tickets[chunk])
-        copies = None if context.recompute else trip.copies  # what is recomputed is not kept
-        experts = partial(run, partial(self.experts, copies=copies), recompute=context.recompute)
+        call = partial(self.experts, call=trip.visit.next(), shares_copies=not context.recompute)  # what is recomputed is not kept
+        experts = partial(run, call, recompute=context.recompute)
         rows_RD = context.timer(f"{name}/experts", experts, rows_RD, count_e)
         trip.tickets[chunk] = self.dispatcher.send_back(rows_RD, trip.tickets[chunk])
 

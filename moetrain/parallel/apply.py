@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from moetrain.base.errors import MoetrainError
 from moetrain.dist.mesh import Mesh
 from moetrain.model.attention import Attention
-from moetrain.model.experts import Experts
+from moetrain.model.experts import Call, Experts
 from moetrain.model.gpt import GPT
 from moetrain.model.mlp import SwiGLU
 from moetrain.model.moe import MoE
@@ -25,6 +25,7 @@ def apply_fsdp(model: GPT, mesh: Mesh) -> None:
     if mesh.edp.size > 1:
         for bank in banks:
             fully_shard(bank, mesh=mesh.edp.device_mesh)
+            gather_once(bank)
     expert_parameters = {parameter for bank in banks for parameter in bank.parameters()}
     for moe in served_twice(model):
         for gate in (moe.norm, moe.router):  # of no one block: gathered whenever one of its pairs calls it
@@ -35,6 +36,25 @@ def apply_fsdp(model: GPT, mesh: Mesh) -> None:
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+
+
+def gather_once(bank: Experts) -> None:
+    """Keeps a bank that FSDP2 shards whole from the first call of a visit to the last, in the forward and again in the backward pass."""
+
+    def keep(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Call | None]) -> None:
+        assert isinstance(module, FSDPModule)
+        call = kwargs.get("call")
+        module.set_reshard_after_forward(call is None or call.is_last, recurse=False)
+
+    def keep_again(module: nn.Module, args: tuple[object, ...], kwargs: dict[str, Call | None], out_RD: Tensor) -> None:
+        assert isinstance(module, FSDPModule)
+        call = kwargs.get("call")
+        is_first = call is None or call.is_first
+        if out_RD.requires_grad:
+            out_RD.register_hook(lambda grad_RD: module.set_reshard_after_backward(is_first, recurse=False))
+
+    bank.register_forward_pre_hook(keep, with_kwargs=True)
+    bank.register_forward_hook(keep_again, with_kwargs=True)
 
 
 def served_twice(model: GPT) -> list[MoE]:

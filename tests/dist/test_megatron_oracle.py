@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moetrain.model.blocks import RoutedBlock
 from moetrain.model.context import ForwardContext
+from moetrain.model.experts import Visit
 from moetrain.routing.config import RoutingConfig
 from tests.kit import run_processes
 from tests.unit.test_model import build, tiny
@@ -24,7 +25,7 @@ Values = dict[str, Tensor]
 
 def ours(block: RoutedBlock, x_BSD: Tensor) -> Tensor:
     context = ForwardContext()
-    trip = block.moe.start(x_BSD, 1, context)
+    trip = block.moe.start(x_BSD, 1, context, Visit(1))
     block.moe.compute(trip, 0, "moe", context)
     return block.moe.finish(trip, x_BSD)
 

@@ -15,7 +15,7 @@ from moetrain.dist.order import Rehearsal, compare
 from moetrain.dist.world import World
 from moetrain.model.config import AttentionConfig, ModelConfig, ShortcutConfig
 from moetrain.optim.config import OptimConfig
-from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.config import EngineConfig, OverlapConfig, ParallelConfig
 from moetrain.parallel.gradients import GradientSync
 from moetrain.parallel.native import TorchEngine
 from moetrain.parallel.plan import Batch
@@ -94,6 +94,18 @@ def calls_of_a_step(world: World) -> list[str]:
     return [f"{call.group.name}: {call.text}" for call in rehearse(engine_of(world, parallel), parallel, SETTINGS, SHAPE).calls]
 
 
+def bank_gathers(world: World) -> list[int]:
+    """All-gathers of expert weights in a step: one chunk, three, three with recomputation; DGMoE's double gating among the blocks."""
+    counts = []
+    for chunks, recompute in ((1, False), (3, False), (3, True)):
+        parallel = ParallelConfig(ep=2, dense="fsdp", overlap=OverlapConfig(chunks=chunks))
+        settings = replace(SETTINGS, recompute=recompute)
+        engine = TorchEngine(every_kind(), parallel, settings, OptimConfig(), world, Mesh(world, parallel.ep))
+        calls = rehearse(engine, parallel, settings, SHAPE).calls
+        counts.append(sum(call.group.name == "edp" and call.text.startswith("allgather") for call in calls))
+    return counts
+
+
 def swapped_pair(world: World) -> str:
     """In one group: rank 2 of four starts its exchange before the sum that the others make first."""
     with Rehearsal(world) as stage:
@@ -153,6 +165,7 @@ class Outcome:
 
     every_fold: list[str]
     calls: list[str]
+    bank_gathers: list[int]
     swapped_pair: str
     ring_of_pairs: str
     swapped_sums: str
@@ -161,7 +174,7 @@ class Outcome:
 
 def on_every_rank(world: World) -> Outcome:
     swapped = swapped_pair(world), ring_of_pairs(world), swapped_sums(world)
-    return Outcome(every_fold(world), calls_of_a_step(world), *swapped, other_sizes(world))
+    return Outcome(every_fold(world), calls_of_a_step(world), bank_gathers(world), *swapped, other_sizes(world))
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +198,12 @@ def test_the_calls_of_the_engine_and_of_fsdp_are_seen(outcomes: list[Outcome]) -
     assert any(call.startswith("dp: allgather_base") and call.endswith("in: the forward pass") for call in calls)
     assert any(call.startswith("dp: reduce_scatter_base") and call.endswith("in: the backward pass") for call in calls)
     assert any(call.startswith("edp: reduce_scatter_base") for call in calls)
+
+
+@pytest.mark.dist
+def test_a_sharded_bank_is_gathered_once_for_all_chunks_and_gatings(outcomes: list[Outcome]) -> None:
+    visits = 6  # of banks by blocks: all but the dense one, a pair of DGMoE-Share each
+    assert [outcome.bank_gathers for outcome in outcomes] == [[2 * 2 * visits] * 3] * 4  # forward and backward, two micro-batches
 
 
 @pytest.mark.dist

@@ -12,7 +12,7 @@ from moetrain.base.errors import MoetrainError
 from moetrain.model.config import AttentionConfig, ModelConfig, RopeConfig
 from moetrain.model.context import ForwardContext
 from moetrain.model.dispatch import LocalDispatcher, inverse, permute, spread
-from moetrain.model.experts import Copies, Experts, grouped_swiglu
+from moetrain.model.experts import Experts, Visit, grouped_swiglu
 from moetrain.model.gpt import GPT, GPTOutput
 from moetrain.model.init import initial
 from moetrain.model.mlp import gated
@@ -105,11 +105,12 @@ def test_calls_of_one_visit_share_a_copy_of_the_weights_under_autocast(method: s
             kept[saved.untyped_storage().data_ptr()] = 1
         return saved
 
-    for copies in (None, Copies()):
+    for shares in (False, True):
         kept.clear()
+        visit = Visit(len(rows))
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved), torch.autocast("cpu", dtype=torch.bfloat16):
-            outs = [bank(each, torch.tensor([7, 3]), copies) for each in rows]
-            assert (len(kept) == 1) == (copies is not None)
+            outs = [bank(each, torch.tensor([7, 3]), visit.next(), shares) for each in rows]
+            assert (len(kept) == 1) == shares
         loss = torch.stack([out.float().square().sum() for out in outs]).sum()
         gradients.append(torch.autograd.grad(loss, [*bank.parameters()]))
     assert all(torch.equal(own, shared) for own, shared in zip(*gradients, strict=True))
