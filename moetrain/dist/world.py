@@ -19,6 +19,7 @@ from torch.distributed import FileStore, PrefixStore, Store  # pyright: ignore[r
 from moetrain.base.errors import TrainingError
 from moetrain.base.log import logger
 from moetrain.dist.board import Board, DictBoard, StoreBoard
+from moetrain.dist.gloo import let_callers_finish
 from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.transport import Passed
@@ -96,6 +97,7 @@ class World:
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
             store = meet_by_environment(rank, size, world.timeout, world.watch) if file is None else FileStore(str(file), size)
             dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
+        let_callers_finish()
         world._store = store
         if heartbeat_seconds:
             client = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
@@ -137,6 +139,7 @@ class World:
         with self.watch.operation(f"making the {name} groups"):
             group = [dist.new_group(list(part), timeout=self.timeout, group_desc=name) for part in parts][mine]
         assert isinstance(group, dist.ProcessGroup)
+        let_callers_finish()
         return group
 
     def notes(self) -> Store:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUs
 
 from moetrain.base.errors import PlanError, TrainingError
 from moetrain.dist.comm import CountExchange, Exchange
+from moetrain.dist.gloo import LOOP
 from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.mesh import Mesh, auto_ep
 from moetrain.dist.stop import Stop
@@ -49,7 +51,14 @@ def agree_and_sum(world: World, folder: Path) -> dict[str, object]:
         "exchange": check_exchange(mesh),
         "order": backward_order(mesh),
         "stop": stop_together(world, folder),
+        "loops": policies_of_loops(),
     }
+
+
+def policies_of_loops() -> list[int]:
+    """Of gloo's event loops in this process."""
+    threads = [thread for thread in Path("/proc/self/task").glob("*") if (thread / "comm").read_text().strip() == LOOP]
+    return [os.sched_getscheduler(int(thread.name)) for thread in threads]
 
 
 def stop_together(world: World, folder: Path) -> list[str | None]:
@@ -121,6 +130,8 @@ def test_four_ranks_agree_sum_and_exchange(tmp_path: Path) -> None:
         assert result["exchange"] is True
         assert result["stop"] == [None, "the file STOP", "SIGUSR1"]
         assert result["order"] == ["rows, under way: False", "main, under way: True", "input, under way: False"]
+        if sys.platform == "linux":  # of the world, and of dp, ep and edp
+            assert len(result["loops"]) >= 4 and set(result["loops"]) == {os.SCHED_BATCH}
 
 
 def one_rank_stays_away(world: World, fifo: Path) -> str:
