@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from moetrain.dist.mesh import Axis
-from moetrain.dist.transport import Passed, Work, bytes_to_others
+from moetrain.dist.transport import Passed, Stall, Work, bytes_to_others
 
 
 @dataclass
@@ -29,16 +29,20 @@ class Flight:
 
     def land(self) -> Tensor:
         """Waits (on a GPU: makes the current stream wait) and returns the received rows."""
-        watch = self.axis.world.watch
+        link, watch = self.axis.link, self.axis.world.watch
+        stall = None if link.stalls is None else Stall()
         started = watch.clock.monotonic()
         try:
             with watch.operation(self.name):
                 self.work.wait()
         finally:
-            self.axis.link.landed(self.work)
+            link.landed(self.work)
+        if stall is not None and link.stalls is not None:
+            stall.end()
+            link.stalls.append(stall)
         if watch.watchdog and self.received.is_cuda:
             watch.track(self.name, Passed(self.received.device))
-        self.axis.link.of(self.name).waited_seconds += watch.clock.monotonic() - started
+        link.of(self.name).waited_seconds += watch.clock.monotonic() - started
         return self.received.to(self.dtype)
 
 

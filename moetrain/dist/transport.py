@@ -51,6 +51,22 @@ class Passed:
         return self._event.query()
 
 
+class Stall:
+    """How long a GPU's current stream stands still for an exchange: begun before the wait is enqueued, ended behind it."""
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin.record()
+
+    def end(self) -> None:
+        self._end.record()
+
+    def seconds(self) -> float:
+        """Waits on the host until the device has come by."""
+        self._end.synchronize()
+        return self._begin.elapsed_time(self._end) / 1e3
+
+
 class Transport(Protocol):
     def launch(
         self, name: str, sent: Tensor, received: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], axis: "Axis"
@@ -69,7 +85,7 @@ class Traffic:
 
     times: int = 0
     sent_bytes: int = 0  # to other ranks
-    waited_seconds: float = 0.0  # of the host, in `Flight.land`: what was not hidden (on a GPU the device waits, not the host)
+    waited_seconds: float = 0.0  # of the host, in `Flight.land`: what was not hidden (on a GPU the device waits: see `Link.stalls`)
 
 
 @dataclass
@@ -79,6 +95,7 @@ class Link:
     transport: Transport
     wire_dtype: torch.dtype | None = None  # payload is cast to it for the journey and back after it; None = as it is
     traffic: dict[str, Traffic] = field(default_factory=dict)  # by name of the exchange
+    stalls: list[Stall] | None = None  # of a GPU's stream, while somebody collects them
     under_way: list[Work] = field(default_factory=list)  # launched, and not yet waited for by whom they are for
     _launching: Lock = field(default_factory=Lock, repr=False, compare=False)
 

@@ -26,7 +26,7 @@ class StepResult:
     num_dropped: int  # pairs dropped by capacity
     num_pairs: int  # pairs kept or dropped
     seconds: float  # of the step itself, from the first forward to the end of the update
-    waited_seconds: float = 0.0  # for exchanges with other ranks, mean over ranks; 0 on GPUs, where the host does not wait
+    waited_seconds: float = 0.0  # for exchanges with other ranks, mean over ranks; on GPUs the device's
     lanes: Lanes | None = None  # of this rank, if `observe` asked for them
 
 

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from moetrain.base.clock import Clock
 from moetrain.dist.mesh import Axis
 from moetrain.model.context import Timer, untimed
@@ -33,6 +35,7 @@ class StepObserver:
     def step(self) -> Iterator[Timer]:
         """The timer of the step's forward passes."""
         self.axis.link.take()  # of evaluation and samples
+        self.axis.link.stalls = [] if self.axis.world.device.type == "cuda" else None
         is_asked = self._asked is not None
         role = Role.WATCHED if is_asked or self.axis.size == 1 else self.planner.begin()
         if is_asked or role is Role.MEASURED:
@@ -57,8 +60,17 @@ class StepObserver:
             link.transport = transport
 
     def waited_seconds(self) -> float:
-        """How long this rank waited for exchanges since the step began. On a GPU the device waits, which is not seen here."""
-        return sum(traffic.waited_seconds for traffic in self.axis.link.take().values())
+        """How long this rank waited for exchanges since the step began; the passes have ended when it returns, on a GPU too.
+
+        On a GPU the host never waits: what counts is how long the device's stream stood still.
+        """
+        link = self.axis.link
+        of_host = sum(traffic.waited_seconds for traffic in link.take().values())
+        stalls, link.stalls = link.stalls, None
+        if stalls is None:
+            return of_host
+        torch.cuda.current_stream(self.axis.world.device).synchronize()
+        return sum(stall.seconds() for stall in stalls)
 
     def finish(self, waited_share: float) -> Lanes | None:
         """Lets the planner learn; a collective after a step that it measured or tried. Returns the lanes if they were asked for.

@@ -133,6 +133,23 @@ def test_seconds_of_a_blocking_exchange_begin_when_the_device_comes_to_it(transp
     assert blocking.seconds["rows"][-1] < 0.5
 
 
+def test_a_stream_stands_still_for_what_no_computation_hides() -> None:
+    """Half of 16 MiB to the host and back at a twentieth of the bus's speed takes milliseconds, the computation some 50."""
+    axis, half, rows = axis_over(EmulatedLink(DEVICE, 20.0)), [ROWS // 2] * 2, torch.randn(ROWS, WIDTH, device=DEVICE)
+
+    def stood_still(cycles: int) -> float:
+        axis.link.stalls = []
+        flight = launch("rows", rows, half, half, axis)
+        torch.cuda._sleep(cycles)
+        flight.land()
+        return axis.link.stalls[0].seconds()
+
+    stood_still(0)  # buffers are made
+    exposed, hidden = stood_still(0), stood_still(LONG)
+    assert exposed > 5e-4
+    assert hidden < 0.1 * exposed
+
+
 def test_every_model_over_the_emulated_link_equals_float64_without_one() -> None:
     errors = reference_errors(DEVICE, quick=True)
     assert len(errors) > 10 and max(errors.values()) < 1e-4

@@ -10,6 +10,9 @@ from moetrain.dist.comm import launch
 from moetrain.dist.mesh import Axis
 from moetrain.dist.transport import Blocking, Collective, Link, Null, PointToPoint, Traffic, Work, default_transport
 from moetrain.dist.world import World
+from moetrain.parallel.config import OverlapConfig
+from moetrain.parallel.observer import StepObserver
+from moetrain.parallel.planner import OverlapPlanner
 from tests.clock import FakeClock
 
 
@@ -58,6 +61,51 @@ def test_the_link_adds_up_what_was_waited_for_until_somebody_takes_it() -> None:
     assert [flight.land().shape for flight in flights] == [(3, 5), (3, 5)]
     assert axis.link.take() == {"rows": Traffic(times=2, sent_bytes=2 * 2 * 5 * 4, waited_seconds=2.0 + 4.0)}
     assert axis.link.take() == {}
+
+
+class StreamEvent:
+    """torch.cuda.Event on a stream that is where the fake clock is."""
+
+    clock = FakeClock()
+    num_waits = 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.time = self.clock.time
+
+    def synchronize(self) -> None:
+        StreamEvent.num_waits += 1
+
+    def elapsed_time(self, end: "StreamEvent") -> float:
+        return 1e3 * (end.time - self.time)
+
+
+def test_on_a_gpu_what_its_stream_stood_still_counts_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    axis = axis_of_three(clock)
+    axis.world.device = torch.device("cuda")
+    axis.link.transport = Slow(clock)
+    monkeypatch.setattr(StreamEvent, "clock", clock)
+    monkeypatch.setattr(torch.cuda, "Event", StreamEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: StreamEvent(enable_timing=True))
+    observer = StepObserver(OverlapPlanner(OverlapConfig(), [], axis.world), axis)
+
+    def land() -> None:
+        launch("rows", torch.ones(3, 5), [1, 1, 1], [1, 1, 1], axis).land()
+
+    waited = []
+    for _ in range(2):
+        land()  # of an evaluation
+        with observer.step():
+            land()
+            clock.sleep(100.0)  # computation
+            land()
+        waited.append(observer.waited_seconds())
+        observer.finish(0.1)
+    assert waited == [4.0 + 6.0, 10.0 + 12.0]
+    assert axis.link.stalls is None and StreamEvent.num_waits == 2 * (2 + 1)  # every stall, and the end of the passes
 
 
 def test_an_exchange_without_rows_sends_no_bytes() -> None:
