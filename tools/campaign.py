@@ -5,8 +5,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import TypeVar
@@ -40,14 +41,20 @@ class Campaign:
         if self.jobs == 1:
             yield from (self._one(make, name, cases[name]) for name in missing)
             return
-        with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(self._one, make, name, cases[name]) for name in missing]
+        # A process for every run: one whose run was stopped ends, too.
+        with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
+            waiting = iter(missing)
+            running = set[Future[dict]]()
             try:
-                yield from (future.result() for future in as_completed(futures))
-            except BaseException:  # a stop, or a run that failed: the others are left for the next start
+                while (
+                    begun := {pool.submit(self._one, make, name, cases[name]) for name in islice(waiting, self.jobs - len(running))}
+                    | running
+                ):
+                    ended, running = wait(begun, return_when=FIRST_COMPLETED)
+                    yield from [future.result() for future in ended]
+            except BaseException:  # a stop, or a run that failed: nothing waits in the pool that a stopped worker could begin
                 for worker in active_children():
                     worker.terminate()
-                pool.shutdown(cancel_futures=True)
                 raise
 
     def file(self, name: str) -> Path:

@@ -19,7 +19,7 @@ from torch.distributed import FileStore, PrefixStore, Store  # pyright: ignore[r
 from moetrain.base.errors import TrainingError
 from moetrain.base.log import logger
 from moetrain.dist.board import Board, DictBoard, StoreBoard
-from moetrain.dist.gloo import let_callers_finish
+from moetrain.dist.gloo import polite_loops
 from moetrain.dist.heartbeat import Heartbeat
 from moetrain.dist.meeting import OPERATION, meet_by_environment
 from moetrain.dist.transport import Passed
@@ -96,8 +96,8 @@ class World:
         with world.watch.operation(OPERATION):
             kinds = "cpu:gloo,cuda:nccl" if backend == "nccl" else "gloo"
             store = meet_by_environment(rank, size, world.timeout, world.watch) if file is None else FileStore(str(file), size)
-            dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
-        let_callers_finish()
+            with polite_loops():
+                dist.init_process_group(kinds, rank=rank, world_size=size, timeout=world.timeout, store=store)
         world._store = store
         if heartbeat_seconds:
             client = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
@@ -136,10 +136,9 @@ class World:
         mine = next(number for number, part in enumerate(parts) if self.rank in part)
         if len(parts[mine]) == 1:
             return None
-        with self.watch.operation(f"making the {name} groups"):
+        with self.watch.operation(f"making the {name} groups"), polite_loops():
             group = [dist.new_group(list(part), timeout=self.timeout, group_desc=name) for part in parts][mine]
         assert isinstance(group, dist.ProcessGroup)
-        let_callers_finish()
         return group
 
     def notes(self) -> Store:

@@ -22,7 +22,7 @@ from moetrain.optim.adamw import AdamW, NamedParameter
 from moetrain.optim.clip import clip_gradients
 from moetrain.optim.config import OptimConfig
 from moetrain.parallel.alltoall import AllToAllDispatcher
-from moetrain.parallel.apply import apply_compile, apply_fsdp, fsdp_modules, reshard
+from moetrain.parallel.apply import Sharding, apply_compile, apply_fsdp
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.engine import LossSums, StepResult
 from moetrain.parallel.fragments import bank_of, model_state
@@ -47,6 +47,7 @@ class TorchEngine:
         self.recompute = engine.recompute
         self.autocast = autocast_dtype(engine, world)
         self.model = self._sharded_model(parallel, engine)
+        self.sharding = Sharding(self.model)
         self.optimizer = AdamW([self._named(name, parameter) for name, parameter in self.model.named_parameters()], optim)
         self.gradients = GradientSync(self.model, mesh, parallel.reduce_gradients)
         blocks = [module for module in self.model.modules() if isinstance(module, RoutedBlock)]
@@ -131,9 +132,7 @@ class TorchEngine:
         """Sums over ranks begin in the last micro-batch's backward, FSDP2's and ours."""
         if is_last and not self.observer.needs_the_link:
             self.gradients.begin()
-        for module in fsdp_modules(self.model):
-            module.set_requires_gradient_sync(is_last, recurse=False)
-            module.set_is_last_backward(is_last)
+        self.sharding.sync_gradients(is_last)
 
     def _update_bias(self, load_LE: Tensor) -> None:
         rate = self.config.routing.bias_update_rate
@@ -149,11 +148,11 @@ class TorchEngine:
         output = self._forward(batch, replace(self._context(batch, {}), dropless=True))
         sums = torch.stack([loss_of(output.logits_BSV, batch)[1].double(), batch.valid_BS.sum().double()])
         nats, num_tokens = self.world.sum_(sums).tolist()
-        reshard(self.model)
+        self.sharding.reshard()
         return LossSums(nats, int(num_tokens))
 
     def state(self) -> ModelState:
-        reshard(self.model)  # also after a forward pass that ended with an error
+        self.sharding.reshard()  # also after a forward pass that ended with an error
         return model_state(self.model, self.mesh, self._components)
 
     def _components(self, name: str) -> dict[str, Tensor]:
@@ -175,7 +174,7 @@ class TorchEngine:
                 logits = self.model(recent, ForwardContext(dropless=True)).logits_BSV[0, -1].float().cpu()
             choice = torch.multinomial(torch.softmax(logits / SAMPLE_TEMPERATURE, 0), 1, generator=generator)
             tokens.append(int(self.world.agree(int(choice))))
-        reshard(self.model)
+        self.sharding.reshard()
         return tokens[len(prompt) :]
 
 

@@ -7,6 +7,7 @@ import torch
 
 from moetrain.base.clock import Clock
 from moetrain.dist.mesh import Axis
+from moetrain.dist.transport import Stall
 from moetrain.model.context import Timer, untimed
 from moetrain.parallel.planner import OverlapPlanner, Role
 from moetrain.parallel.timing import Recorder, Stopwatch, stopwatch
@@ -21,6 +22,7 @@ class StepObserver:
         self._asked: bool | None = None  # serial?
         self._recorder: Recorder | None = None
         self._stopwatch: Stopwatch | None = None  # of a step that is tried
+        self._stalls: list[Stall] | None = None  # of the last step, on a GPU
 
     def ask(self, serial: bool) -> None:
         """The lanes of the next step are wanted. A measurement or a trial for the plan waits until nobody asks."""
@@ -34,8 +36,17 @@ class StepObserver:
     @contextmanager
     def step(self) -> Iterator[Timer]:
         """The timer of the step's forward passes."""
-        self.axis.link.take()  # of evaluation and samples
-        self.axis.link.stalls = [] if self.axis.world.device.type == "cuda" else None
+        link = self.axis.link
+        link.take()  # of evaluation and samples
+        link.stalls = [] if self.axis.world.device.type == "cuda" else None
+        try:
+            with self._in_role() as timer:
+                yield timer
+        finally:
+            self._stalls, link.stalls = link.stalls, None
+
+    @contextmanager
+    def _in_role(self) -> Iterator[Timer]:
         is_asked = self._asked is not None
         role = Role.WATCHED if is_asked or self.axis.size == 1 else self.planner.begin()
         if is_asked or role is Role.MEASURED:
@@ -62,15 +73,13 @@ class StepObserver:
     def waited_seconds(self) -> float:
         """How long this rank waited for exchanges since the step began; the passes have ended when it returns, on a GPU too.
 
-        On a GPU the host never waits: what counts is how long the device's stream stood still.
+        On a GPU, where the host goes on, what counts is how long the device's stream stood still.
         """
-        link = self.axis.link
-        of_host = sum(traffic.waited_seconds for traffic in link.take().values())
-        stalls, link.stalls = link.stalls, None
-        if stalls is None:
+        of_host = sum(traffic.waited_seconds for traffic in self.axis.link.take().values())
+        if self._stalls is None:
             return of_host
         torch.cuda.current_stream(self.axis.world.device).synchronize()
-        return sum(stall.seconds() for stall in stalls)
+        return sum(stall.seconds() for stall in self._stalls)
 
     def finish(self, waited_share: float) -> Lanes | None:
         """Lets the planner learn; a collective after a step that it measured or tried. Returns the lanes if they were asked for.

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from moetrain.checkpoint.config import CheckpointConfig
 from moetrain.checkpoint.recover import alone
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.world import World
+from moetrain.model.experts import Experts
 from moetrain.model.state import Fragment, assemble
 from moetrain.optim.config import OptimConfig
-from moetrain.parallel.config import EngineConfig, ParallelConfig
+from moetrain.parallel.config import EngineConfig, OverlapConfig, ParallelConfig
 from moetrain.parallel.native import TorchEngine
 from tests.dist.test_parity import Fold, detached, micro_batch, model_config
 from tests.kit import run_ranks
@@ -23,9 +25,9 @@ from tests.kit import run_ranks
 pytestmark = pytest.mark.dist
 
 
-def engine_of(world: World, ep: int, dense: str) -> TorchEngine:
+def engine_of(world: World, ep: int, dense: str, chunks: int = 1) -> TorchEngine:
     config = model_config(Fold(ep, dense, 1))
-    parallel = ParallelConfig(ep=ep, dense=dense)
+    parallel = ParallelConfig(ep=ep, dense=dense, overlap=OverlapConfig(chunks=chunks))
     return TorchEngine(config, parallel, EngineConfig(dtype="float64", autocast="off"), OptimConfig(), world, Mesh(world, ep))
 
 
@@ -80,6 +82,29 @@ class Seen:
     resumed: list[list[Fragment]]
 
 
+def interrupted(world: World) -> bool:
+    """Whether the state is what it was, after an error in the second of three calls of a bank."""
+    engine = engine_of(world, 1, "fsdp", chunks=3)
+    engine.initialize(1)
+    step(engine, 0)
+    before, forward, calls = detached(engine.state()), Experts.forward, list[int]()
+
+    def fails(bank: Experts, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("in the middle of a visit")
+        return forward(bank, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Experts, "forward", fails)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            step(engine, 1)
+    after = detached(engine.state())
+    same = [one.name == other.name and torch.equal(one.data, other.data) for one, other in zip(before, after, strict=True)]
+    step(engine, 1)
+    return all(same)
+
+
 def on_ranks(world: World, folder: Path) -> list[Seen]:
     seen = []
     for ep in (1, 2):
@@ -122,3 +147,7 @@ def test_saves_behind_an_evaluation_and_a_sample_resume_bit_for_bit_at_other_lay
         assert_equal(assemble(state), wanted)
         for resumed in zip(*(rank.resumed for rank in seen), strict=True):
             assert_equal(whole(list(resumed)), wanted)
+
+
+def test_an_error_between_two_calls_of_a_bank_leaves_the_state_as_it_was(tmp_path: Path) -> None:
+    assert run_ranks(interrupted, 2, tmp_path) == [True, True]

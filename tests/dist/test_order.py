@@ -94,15 +94,15 @@ def calls_of_a_step(world: World) -> list[str]:
     return [f"{call.group.name}: {call.text}" for call in rehearse(engine_of(world, parallel), parallel, SETTINGS, SHAPE).calls]
 
 
-def bank_gathers(world: World) -> list[int]:
-    """All-gathers of expert weights in a step: one chunk, three, three with recomputation; DGMoE's double gating among the blocks."""
+def bank_calls(world: World) -> list[tuple[int, int]]:
+    """All-gathers and reduce-scatters of expert weights in a step: one chunk, three, three with recomputation; DGMoE's double gating too."""
     counts = []
     for chunks, recompute in ((1, False), (3, False), (3, True)):
         parallel = ParallelConfig(ep=2, dense="fsdp", overlap=OverlapConfig(chunks=chunks))
         settings = replace(SETTINGS, recompute=recompute)
         engine = TorchEngine(every_kind(), parallel, settings, OptimConfig(), world, Mesh(world, parallel.ep))
-        calls = rehearse(engine, parallel, settings, SHAPE).calls
-        counts.append(sum(call.group.name == "edp" and call.text.startswith("allgather") for call in calls))
+        calls = [call.text for call in rehearse(engine, parallel, settings, SHAPE).calls if call.group.name == "edp"]
+        counts.append((sum(text.startswith("allgather") for text in calls), sum(text.startswith("reduce_scatter") for text in calls)))
     return counts
 
 
@@ -165,7 +165,7 @@ class Outcome:
 
     every_fold: list[str]
     calls: list[str]
-    bank_gathers: list[int]
+    bank_calls: list[tuple[int, int]]
     swapped_pair: str
     ring_of_pairs: str
     swapped_sums: str
@@ -174,7 +174,7 @@ class Outcome:
 
 def on_every_rank(world: World) -> Outcome:
     swapped = swapped_pair(world), ring_of_pairs(world), swapped_sums(world)
-    return Outcome(every_fold(world), calls_of_a_step(world), bank_gathers(world), *swapped, other_sizes(world))
+    return Outcome(every_fold(world), calls_of_a_step(world), bank_calls(world), *swapped, other_sizes(world))
 
 
 @pytest.fixture(scope="module")
@@ -201,9 +201,10 @@ def test_the_calls_of_the_engine_and_of_fsdp_are_seen(outcomes: list[Outcome]) -
 
 
 @pytest.mark.dist
-def test_a_sharded_bank_is_gathered_once_for_all_chunks_and_gatings(outcomes: list[Outcome]) -> None:
+def test_a_sharded_bank_is_gathered_and_reduced_once_for_all_chunks_and_gatings(outcomes: list[Outcome]) -> None:
     visits = 6  # of banks by blocks: all but the dense one, a pair of DGMoE-Share each
-    assert [outcome.bank_gathers for outcome in outcomes] == [[2 * 2 * visits] * 3] * 4  # forward and backward, two micro-batches
+    gathers, sums = 2 * 2 * visits, visits  # forward and backward of two micro-batches; the last backward
+    assert [outcome.bank_calls for outcome in outcomes] == [[(gathers, sums)] * 3] * 4
 
 
 @pytest.mark.dist

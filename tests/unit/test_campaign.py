@@ -1,6 +1,8 @@
 """Campaigns of runs: what is finished is kept, what failed or was stopped leaves neither a half result nor a process."""
 
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,17 @@ def wait_for_ever_or_fail(case: tuple[str, Path, Path], folder: Path) -> dict:
         news.write_text(str(os.getpid()))
         never.read_text()
     raise ValueError(news.read_text())
+
+
+def stop_politely_or_fail(case: tuple[str, Path], folder: Path) -> dict:
+    """One waits and ends at SIGTERM with an error, as training does: its worker lives on. The other fails once that one waits."""
+    what, news = case
+    if what == "fail":
+        raise ValueError(news.read_text())
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    news.write_text("it waits")
+    signal.pause()
+    return {}
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -48,3 +61,11 @@ def test_a_run_that_fails_ends_the_others_and_leaves_no_process(tmp_path):
     with pytest.raises(ProcessLookupError):
         os.kill(int(str(failure.value)), 0)
     assert not list((tmp_path / "results").glob("*.json"))
+
+
+def test_a_worker_whose_run_was_stopped_begins_no_other(tmp_path):
+    os.mkfifo(tmp_path / "news")
+    cases = {name: (name, tmp_path / "news") for name in ("wait", "fail", "wait again", "and again")}
+    with pytest.raises(ValueError, match="it waits"):
+        list(Campaign(tmp_path / "results", [], 2).run(stop_politely_or_fail, cases))
+    assert sorted(path.name for path in (tmp_path / "results").iterdir()) == ["fail.run", "wait.run"]

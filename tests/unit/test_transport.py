@@ -102,10 +102,14 @@ def test_on_a_gpu_what_its_stream_stood_still_counts_from_step_to_step(monkeypat
             land()
             clock.sleep(100.0)  # computation
             land()
+        land()  # of a sum behind the passes
         waited.append(observer.waited_seconds())
         observer.finish(0.1)
-    assert waited == [4.0 + 6.0, 10.0 + 12.0]
-    assert axis.link.stalls is None and StreamEvent.num_waits == 2 * (2 + 1)  # every stall, and the end of the passes
+    assert waited == [4.0 + 6.0, 12.0 + 14.0]
+    assert StreamEvent.num_waits == 2 * (2 + 1)  # every stall, and the end of the passes
+    with pytest.raises(RuntimeError), observer.step():
+        raise RuntimeError
+    assert axis.link.stalls is None
 
 
 def test_an_exchange_without_rows_sends_no_bytes() -> None:
