@@ -116,13 +116,13 @@ def config_of(variant: str, shared: list[str], *own: str) -> TrainConfig:
     return config
 
 
-def run_to_the_end(case: tuple[str, int, list[str]], folder: Path) -> dict:
+def run_to_the_end(case: tuple[str, int, list[str], str], folder: Path) -> dict:
     """Trains and evaluates one variant with one seed in this process, in an empty folder."""
-    variant, seed, shared = case
+    variant, seed, shared, device = case
     place = (f"run.folder={folder.parent}", f"run.name={folder.name}", f"run.seed={seed}", f"data.seed={seed}")
     config = config_of(variant, shared, *place)
     with ExitStack() as stack:
-        world = World.single(torch.device("cpu"))
+        world = World.single(torch.device(device))
         stop = stack.enter_context(Stop(world, folder / "STOP"))
         run = build(config, folder, world, stop)
         stack.callback(run.sinks.close)
@@ -134,10 +134,11 @@ def run_to_the_end(case: tuple[str, int, list[str]], folder: Path) -> dict:
     return asdict(Result(variant, seed, float(measured["evaluation/loss"]), float(measured["evaluation/bits_per_byte"]), clash))
 
 
-def campaign(variants: list[str], seeds: list[int], shared: list[str], folder: Path, jobs: int) -> Iterator[Result]:
+def campaign(variants: list[str], seeds: list[int], shared: list[str], folder: Path, jobs: int, device: str) -> Iterator[Result]:
     """Results as they come, kept ones first. All variants of a seed are begun before the next: an early stop leaves whole seeds."""
-    cases = {f"{variant}-{seed}": (variant, seed, shared) for seed in seeds for variant in variants}
-    yield from (Result(**found) for found in Campaign(folder, shared, jobs).run(run_to_the_end, cases))
+    cases = {f"{variant}-{seed}": (variant, seed, shared, device) for seed in seeds for variant in variants}
+    settings = shared if device == "cpu" else [*shared, f"device={device}"]
+    yield from (Result(**found) for found in Campaign(folder, settings, jobs).run(run_to_the_end, cases))
 
 
 def paired(of: list[Result], other: list[Result]) -> dict[str, float]:
@@ -222,6 +223,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4])
     parser.add_argument("--tokens", type=int, default=1_200_000, help="trained on by every run")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="on a GPU all runs share it")
     parser.add_argument("--folder", type=Path, default=Path("runs/ablate"), help="where results are kept")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
@@ -235,7 +237,7 @@ def main(arguments: list[str]) -> int:
     configs = {variant: config_of(variant, shared) for variant in options.variants}
     ensure_prepared(configs[options.variants[0]].data, show_progress=True)
     results = []
-    for result in campaign(options.variants, options.seeds, shared, options.folder, options.jobs):
+    for result in campaign(options.variants, options.seeds, shared, options.folder, options.jobs, options.device):
         results.append(result)
         print(f"{result.variant}, seed {result.seed}: {result.loss:.4f} nats, {result.bits_per_byte:.4f} bits per byte", flush=True)
     rows = summary(results, configs)
@@ -246,6 +248,7 @@ def main(arguments: list[str]) -> int:
             "torch": torch.__version__,
             "python": sys.version.split()[0],
             "cores": os.cpu_count(),
+            "device": options.device if options.device == "cpu" else torch.cuda.get_device_name(),
             "seeds": options.seeds,
             "overrides": shared,
             "tokens": configs[options.variants[0]].train.tokens,
