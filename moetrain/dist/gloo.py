@@ -28,7 +28,7 @@ def polite_loops() -> Iterator[None]:
 
 
 def _threads() -> dict[int, str]:
-    """Of this process, by number: what they are called. None where that cannot be seen."""
+    """Of this process, by number: what they are called. Empty where that cannot be seen."""
     names = dict[int, str]()
     with suppress(OSError):
         for thread in _TASKS.iterdir():
