@@ -41,21 +41,26 @@ class Campaign:
         if self.jobs == 1:
             yield from (self._one(make, name, cases[name]) for name in missing)
             return
-        # A process for every run: one whose run was stopped ends, too.
-        with ProcessPoolExecutor(self.jobs, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-            waiting = iter(missing)
-            running = set[Future[dict]]()
-            try:
-                while (
-                    begun := {pool.submit(self._one, make, name, cases[name]) for name in islice(waiting, self.jobs - len(running))}
-                    | running
-                ):
-                    ended, running = wait(begun, return_when=FIRST_COMPLETED)
-                    yield from [future.result() for future in ended]
-            except BaseException:  # a stop, or a run that failed: nothing waits in the pool that a stopped worker could begin
-                for worker in active_children():
-                    worker.terminate()
-                raise
+        spawn, waiting = get_context("spawn"), iter(missing)
+        running = dict[Future[dict], ProcessPoolExecutor]()
+        try:
+            while True:
+                for name in islice(waiting, self.jobs - len(running)):
+                    # A pool for every run: a worker ended in the middle of an answer takes the locks of its pool along.
+                    pool = ProcessPoolExecutor(1, mp_context=spawn)
+                    running[pool.submit(self._one, make, name, cases[name])] = pool
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    running.pop(future).shutdown()
+                    yield future.result()
+        except BaseException:  # a stop, or a run that failed
+            for worker in active_children():
+                worker.terminate()
+            raise
+        finally:
+            for pool in running.values():
+                pool.shutdown()
 
     def file(self, name: str) -> Path:
         return self.folder / f"{name.lower().replace(',', '').replace(' ', '-')}.json"
