@@ -15,6 +15,7 @@ with the same number of chunks must be equal to the bit. tools/overlap_cases.py 
     schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks; what chunks gain where the exchanges outlast the window
     peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
     transport   all-to-alls alone
+    null        the block pairs without any exchange: by the plain path, and with all the code around exchanges (give --point unlimited)
     adaptive    the schedule that the planner chooses beside every other, at several sizes
     steps       whole training steps by the engine, gradient reduction and update included
     change      a run under the planner whose link gets another rate (--to)
@@ -137,7 +138,19 @@ def figures_of(part: str, found: list[dict]) -> dict:
         return overlap_figures.schedules(found)
     if part == "peers":
         return overlap_figures.peers(found, Run(DEEPSPEED, SERIAL).name, Run(DEEPSPEED, STOCK).name)
+    if part == "null":
+        return null_summary(found)
     return {"transport": summary, "adaptive": adaptive_summary, "change": change_summary, "steps": step_summary}[part](found)
+
+
+def null_summary(found: list[dict]) -> dict[str, dict]:
+    """Laps over those of the plain path, and the share of a lap that exchanges' own calls take: of the rank that has the greater."""
+    ratios = {name: max((rank["wall_ratios"][name] for rank in found), key=by_median) for name in found[0]["wall_ratios"]}
+    return {"ratios": ratios, "added_share": max((rank["added_share"] for rank in found), key=by_median)}
+
+
+def by_median(figure: overlap_figures.Figure) -> float:
+    return figure["median"]
 
 
 def table(part: str, found: list[dict], figures: dict) -> Iterator[str]:
@@ -151,6 +164,10 @@ def table(part: str, found: list[dict], figures: dict) -> Iterator[str]:
         return
     if part == "steps":
         yield from step_lines(figures)
+        return
+    if part == "null":
+        yield from (f"{name} over the plain path: {interval(ratio)}" for name, ratio in figures["ratios"].items())
+        yield f"calls that start and end exchanges, copies included, of a lap: {interval(figures['added_share'])}"
         return
     if part == "change":
         yield ", ".join(f"{name} {value if isinstance(value, str | int) else round(value, 3)}" for name, value in figures.items())

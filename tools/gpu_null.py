@@ -1,4 +1,4 @@
-"""What the code around exchanges costs on a GPU when nothing is exchanged: a ScMoE pair with and without it, in turns.
+"""What the code around exchanges costs when nothing is exchanged: a ScMoE pair with and without it, in turns. On a GPU and on a CPU.
 
 The plain path has half of the experts, all here, runs them at once and knows no ranks. The others run the same matmuls on as many rows:
 an axis of one rank, whose exchanges return the rows themselves, and a pretended axis of two with the null transport, which copies them.
@@ -80,13 +80,19 @@ def units(size: Size, device: torch.device, dtype: torch.dtype) -> dict[str, Dev
 
 def overhead(device: torch.device, quick: bool, seconds: float) -> dict[str, object]:
     """Everything, printed and returned for JSON; rounds end after about `seconds`."""
+    if quick:
+        return compared(SMALL, SMALL, device, 3, 3, seconds)
+    return compared(WIDE, REFERENCE, device, MIN_ROUNDS, ROUNDS, seconds)
+
+
+def compared(size: Size, reference: Size, device: torch.device, least: int, most: int, seconds: float) -> dict[str, object]:
+    """As `overhead`, of one size; errors are those of the `reference` size. `least` rounds, and `most` if the seconds are enough."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    size, reference = (SMALL, SMALL) if quick else (WIDE, REFERENCE)
     small = units(reference, device, torch.float32)
     errors = {name: check_against_float64(unit) for name, unit in small.items()}
     pair = units(size, device, dtype)
     apart = same_results(pair)
-    laps = rounds(pair, 3 if quick else MIN_ROUNDS, 3 if quick else ROUNDS, time.monotonic() + seconds)
+    laps = rounds(pair, least, most, time.monotonic() + seconds)
     walls = {name: [lap.seconds for lap in its] for name, its in laps.items()}
     ratios = {name: with_interval([a / b for a, b in zip(walls[name], walls[PLAIN], strict=True)]) for name in (AGAIN, ALONE, NULL)}
     added = [added_code(pair[NULL]) for _ in range(5)]

@@ -3,6 +3,9 @@
 `found`: what every rank found: {"laps": {run: {part: [seconds of every round]}}, "window": {model: {part: seconds}}, ...}. The unit lasts
 as long as its slower rank. An exchange can be hidden under the window: the main stream's computations and, in c token chunks, the share
 (c - 1) / c of the experts' own. What the transport itself takes of the CPU cannot be won, so bounds and ceilings leave it out.
+
+Exchanges take the shorter of two times: back to back, and what the serial arm takes beyond the null one. A link that may send a burst after
+a pause carries them faster between computations than back to back, and a bound by the longer time would be too easy to reach.
 """
 
 import statistics
@@ -98,12 +101,14 @@ def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dic
     figures = dict[str, dict]()
     for part in PARTS:
         times = {run: series(found, run, [part]) for run in (serial, null, overlapped)}
-        hidden = estimate(differences(times[serial], times[overlapped]), differences(times[serial], times[null]))
-        comm, room = middle(found, exchange, [part]), window(found, model, overlapped, part)
+        paid = differences(times[serial], times[null])
+        hidden = estimate(differences(times[serial], times[overlapped]), paid)
+        alone, room = middle(found, exchange, [part]), window(found, model, overlapped, part)
+        comm = max(0.0, min(alone, statistics.median(paid)))
         cost = tax(found, overlapped, null, [part])
-        bound = max(0.0, min(room, comm) - cost) / comm
+        bound = max(0.0, min(room, comm) - cost) / comm if comm else 0.0
         figures[part] = {
-            "comm": comm, "window": room, "tax": cost, "fits": comm <= room, "hidden": hidden, "bound": bound,
+            "comm": comm, "alone": alone, "window": room, "tax": cost, "fits": comm <= room, "hidden": hidden, "bound": bound,
             "exposed": statistics.median(differences(times[overlapped], times[null])),
             "efficiency": {key: value / bound if bound else 0.0 for key, value in hidden.items()},
         }  # fmt: skip

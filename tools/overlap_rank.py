@@ -19,9 +19,11 @@ import torch
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.transport import Null
 from moetrain.dist.world import World
+from tools.gpu_null import compared
+from tools.gpu_unit import REFERENCE
 from tools.overlap_adaptive import adaptive, change
 from tools.overlap_arms import Added, Arms, Shipment, counted
-from tools.overlap_cases import DEEPSPEED, EXCHANGE, GROUPS, MODELS, NULL, OVERLAPPED, SERIAL, Run, Size
+from tools.overlap_cases import DEEPSPEED, EXCHANGE, GROUPS, MODELS, NULL, OVERLAPPED, SERIAL, SMALL, Run, Size
 from tools.overlap_deepspeed import DeepSpeedUnit, difference
 from tools.overlap_step import steps
 from tools.overlap_transport import transport
@@ -30,6 +32,7 @@ from tools.overlap_window import Stopwatch
 
 ERROR = 2e-5  # relative to float64: float32 rounding through two blocks
 WORLD = 2
+NULL_SECONDS = 300.0  # of the part `null` at most
 
 
 @dataclass
@@ -176,10 +179,17 @@ def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
     return checked | {"bytes": wire, "busiest": busiest, "null_overhead": overhead, "window": group.windows(), "laps": group.rounds()}
 
 
+def null(job: Job, arms: Arms) -> dict[str, object]:
+    """No exchange, and none of the code around it, beside what the code costs: both ranks at the same time, each for itself."""
+    arms.barrier()
+    return compared(job.size, SMALL if job.small else REFERENCE, arms.axis.world.device, job.rounds, job.rounds, NULL_SECONDS)
+
+
 PARTS: dict[str, Callable[[Job, Arms], dict[str, object]]] = {
     "transport": lambda job, arms: transport(arms, job.rounds),
     "adaptive": lambda job, arms: adaptive(arms, job.rounds, job.evenly, job.small),
     "steps": lambda job, arms: steps(arms, job.rounds, job.size, job.accumulation),
+    "null": lambda job, arms: null(job, arms),
     "change": lambda job, arms: change(arms, job.rounds, job.evenly, job.size, Path(job.folder)),
 }
 

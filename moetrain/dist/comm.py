@@ -86,7 +86,7 @@ class _Start(torch.autograd.Function):
     def forward(ctx: FunctionCtx, rows: Tensor, exchange: Exchange) -> Tensor:
         ctx.exchange = exchange  # type: ignore[attr-defined]
         exchange.forward = launch(exchange.name, rows, exchange.send_sizes, exchange.receive_sizes, exchange.axis)
-        return rows.new_empty(1).expand(exchange.forward.received.shape)  # a placeholder of one element; Wait returns what came
+        return rows.new_zeros(1).expand(exchange.forward.received.shape)  # a placeholder of one element; Wait returns what came
 
     @staticmethod
     @once_differentiable
@@ -111,7 +111,7 @@ class _Wait(torch.autograd.Function):
         exchange: Exchange = ctx.exchange  # type: ignore[attr-defined]
         name = f"gradient of {exchange.name}"
         exchange.backward = launch(name, grad, exchange.receive_sizes, exchange.send_sizes, exchange.axis)
-        return grad.new_empty(1).expand(grad.shape), None  # a placeholder as in Start; Start's backward returns what came
+        return grad.new_zeros(1).expand(grad.shape), None  # as in Start: zeros, in which anomaly detection finds no NaN
 
 
 class CountExchange:

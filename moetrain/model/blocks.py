@@ -23,16 +23,18 @@ BlockOutput = tuple[Tensor, list[RoutingStats]]
 
 
 class DenseBlock(nn.Module):
-    """Attention, then a SwiGLU MLP."""
+    """Attention, then a SwiGLU MLP. `name` is the prefix of what the context's timer is told."""
 
-    def __init__(self, config: ModelConfig, layer: int) -> None:
+    def __init__(self, config: ModelConfig, layer: int, name: str) -> None:
         super().__init__()
+        self.name = name
         self.attention = Attention(config, layer)
         self.mlp = NormedSwiGLU(config.hidden_size, config.ffn_size, config.norm_eps)
 
     def forward(self, h_BSD: Tensor, inputs: AttentionInputs, context: ForwardContext) -> BlockOutput:
-        h_BSD = h_BSD + run(self.attention, h_BSD, inputs, recompute=context.recompute)
-        return h_BSD + run(self.mlp, h_BSD, recompute=context.recompute), []
+        attention = context.timer(f"{self.name}/attention", lambda h: run(self.attention, h, inputs, recompute=context.recompute), h_BSD)
+        h_BSD = h_BSD + attention
+        return h_BSD + context.timer(f"{self.name}/mlp", partial(run, self.mlp, recompute=context.recompute), h_BSD), []
 
 
 class RoutedBlock(nn.Module):
@@ -48,7 +50,7 @@ class RoutedBlock(nn.Module):
         """`moe` is this block's own, or that of an earlier pair (DGMoE-Share)."""
         super().__init__()
         if place.kind.is_pair:
-            self.dense = DenseBlock(config, place.layer)
+            self.dense = DenseBlock(config, place.layer, place.name)
         self.attention = Attention(config, place.layer + place.kind.layers - 1)
         if place.owns_bank:
             self.moe = moe

@@ -114,9 +114,14 @@ class ModelConfig:
         """Names of the expert banks: `blocks.3.moe.experts`, by the first block that uses each."""
         return [place.name for place in self.places() if place.owns_bank]
 
+    def gatings_per_bank(self) -> list[int]:
+        """How often a token chooses experts of each bank in a forward, in the order of `banks`; `routing.top_k` each time."""
+        places = self.places()
+        return [sum(place.kind.gatings for place in places if place.bank == bank) for bank in self.banks()]
+
     def num_gatings(self) -> int:
-        """How often a token chooses experts in a forward, `routing.top_k` each time."""
-        return sum(place.kind.gatings for place in self.places())
+        """Of all banks together."""
+        return sum(self.gatings_per_bank())
 
     def check(self, key: str = "model") -> None:
         """Raises ConfigError at the first broken rule."""

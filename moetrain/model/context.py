@@ -26,8 +26,8 @@ class KeyValueCache(Protocol):
 class Timer(Protocol):
     """Runs one computation of a block and may take its time, forward and backward. It must not change what is computed.
 
-    Blocks with routed experts run every main-stream computation through it as `<block's name>/<operator>` and the experts, once per token
-    chunk, as `<block's name>/experts`. The name of a block is that of its bank.
+    Blocks run every main-stream computation through it as `<block's name>/<operator>` and the experts, once per token chunk, as
+    `<block's name>/experts`. The name of a block with routed experts is that of its bank.
     """
 
     def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class ForwardContext:
     valid_BS: Tensor | None = None  # bool; invalid tokens are computed but not counted in balance
     cache: KeyValueCache | None = None
     exchange: Exchange = alone  # sums expert loads over the ranks that share the batch (scope global_batch)
-    carried_load: dict[str, Tensor] = field(default_factory=dict)  # by bank: global loads of this step's earlier micro-batches
+    carried_load: dict[str, Tensor] = field(default_factory=dict)  # by bank: loads of this step's earlier micro-batches, of one gating
     dropless: bool = False  # no capacity: evaluation and generation must not depend on who shares the batch
     recompute: bool = False  # activation checkpointing of attention, MLP and experts; routing is always saved
     timer: Timer = untimed

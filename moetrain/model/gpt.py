@@ -46,7 +46,7 @@ class GPT(nn.Module):
         self.places, moe = config.places(), dict[str, MoE]()
         for place in self.places:
             if place.bank is None:
-                self.blocks.append(DenseBlock(config, place.layer))
+                self.blocks.append(DenseBlock(config, place.layer, f"blocks.{place.index}"))
                 continue
             if place.owns_bank:
                 here = everything if site is None else site(place.bank)

@@ -13,7 +13,7 @@ from moetrain.model.schedule import Schedule
 
 SLACK = 0.01  # schedules this close to the best count as equally fast
 CAUTION = 1.5  # among equally fast ones, the one that bears a link slower by this factor best
-SETTLE = 5  # steps whose waits are the normal ones of a plan
+SETTLE = 3  # steps whose waits are the normal ones of a plan; a change among them passes unnoticed, so they are few
 RECENT = 3  # steps whose waits are compared with them
 
 
@@ -162,7 +162,9 @@ class Drift:
     """
 
     def __init__(self, tolerance: float) -> None:
-        """tolerance: a change of the share of a step that is spent waiting; 0: nothing is noticed."""
+        """tolerance: a change of the share of a step that is spent waiting; 0: nothing is noticed. Where more than half is, twice the rest
+        counts in place of the step: the share of a link that is ever slower comes ever nearer to 1.
+        """
         self.tolerance = tolerance
         self.restart()
 
@@ -177,4 +179,6 @@ class Drift:
             self._normal.append(waited_share)
             return False
         self._recent = [*self._recent, waited_share][-RECENT:]
-        return bool(self.tolerance) and len(self._recent) == RECENT and abs(median(self._recent) - median(self._normal)) > self.tolerance
+        normal = median(self._normal)
+        limit = self.tolerance * min(1.0, 2 * (1 - normal))
+        return bool(self.tolerance) and len(self._recent) == RECENT and abs(median(self._recent) - normal) > limit

@@ -17,9 +17,10 @@ class StepSums:
     def __init__(self, config: ModelConfig, world: World) -> None:
         self.world = world
         self.num_gatings = config.num_gatings()
+        self.gatings_L1 = torch.tensor(config.gatings_per_bank(), dtype=torch.float64, device=world.device).unsqueeze(1)
         self.carries = config.routing.auxiliary_loss_scope == "global_batch"
         self.load = torch.zeros(len(config.banks()), config.routing.num_experts, dtype=torch.int64, device=world.device)
-        self.carried_load = torch.zeros_like(self.load)
+        self.carried_load = torch.zeros_like(self.load, dtype=torch.float64)  # of all ranks, the mean of a bank's gatings
         self.nats = torch.zeros((), dtype=torch.float64, device=world.device)
         self.auxiliary, self.z, self.dropped = self.nats.clone(), self.nats.clone(), self.nats.clone()
         self.failed = torch.zeros(world.size, dtype=torch.float64, device=world.device)
@@ -44,7 +45,7 @@ class StepSums:
             self.load[layer] += of_layer.load_E
         self.num_pairs += batch.tokens_BS.numel() * self.num_gatings
         if self.carries:
-            self.carried_load = self.world.sum_(self.load.clone())
+            self.carried_load = self.world.sum_(self.load.clone()) / self.gatings_L1
 
     def reduce(self) -> None:
         """Sums over ranks in one message."""

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.profiler import record_function
 
 from moetrain.base.clock import Clock, SystemClock
@@ -69,6 +70,15 @@ def stopwatch(device: torch.device, clock: Clock | None = None) -> Stopwatch:
 
 
 @dataclass
+class _Span:
+    """Moments of one computation."""
+
+    name: str
+    begin: Moment
+    end: Moment | None = None  # None: the next moment taken
+
+
+@dataclass
 class _Flight:
     """Moments of one exchange; `end` is the first at which it was seen complete."""
 
@@ -95,17 +105,32 @@ class Recorder:
         self._stopwatch = stopwatch(device, clock)
         self._flights: list[_Flight] = []
         self._open: list[tuple[_Flight, Work]] = []
-        self._computations: list[tuple[str, Moment]] = []  # each ends at the next moment taken
+        self._computations: list[_Span] = []
 
     def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: object) -> Tensor:
-        """Runs `operator(*inputs)`; its backward pass is recorded too, from the moment its first node is about to run."""
-        self._begin(name)
+        """Runs `operator(*inputs)`; its backward pass is recorded too, from its first node to the last that gives its inputs a gradient."""
+        span = self._begin(name)
         with record_function(name):
             output = operator(*inputs)
-        self._take()
+        span.end = self._take()
         if output.grad_fn is not None:
-            output.grad_fn.register_prehook(lambda gradients: self._begin(GRADIENT + name))
+            self._watch_backward(name, output.grad_fn, inputs)
         return output
+
+    def _watch_backward(self, name: str, first: Node, inputs: Sequence[object]) -> None:
+        """Hooks on nodes that are there: one of our own between an input and its users would add their gradients in another order."""
+        spans: list[_Span] = []
+
+        def begin(*_: object) -> None:
+            spans.append(self._begin(GRADIENT + name))
+
+        def end(*_: object) -> None:
+            if spans:
+                spans[-1].end = self._take()
+
+        first.register_prehook(begin)
+        for node in last_nodes(first, [one for one in inputs if isinstance(one, Tensor)]):
+            node.register_hook(end)
 
     def launch(
         self, name: str, sent: Tensor, received: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], axis: Axis
@@ -125,10 +150,13 @@ class Recorder:
     def lanes(self) -> Lanes:
         """Call once the step's backward pass has ended and every exchange has landed."""
         seconds = self._stopwatch.seconds()
-        last = len(seconds) - 1
-        computations = [Computation(name, seconds[begin], seconds[min(begin + 1, last)]) for name, begin in self._computations]
+        computations = [self._computation(span, seconds) for span in self._computations]
         journeys = [self._journey(flight, seconds) for flight in self._flights]
         return Lanes(self.serial, computations, journeys)
+
+    def _computation(self, span: _Span, seconds: list[float]) -> Computation:
+        end = min(span.begin + 1, len(seconds) - 1) if span.end is None else span.end
+        return Computation(span.name, seconds[span.begin], seconds[end])
 
     def _journey(self, flight: _Flight, seconds: list[float]) -> Journey:
         assert flight.land is not None and flight.landed is not None, f"{flight.name} has not landed"
@@ -136,8 +164,10 @@ class Recorder:
         moments = (flight.ready, flight.start, end, flight.land, flight.landed)
         return Journey(flight.name, flight.num_bytes, *(seconds[moment] for moment in moments))
 
-    def _begin(self, name: str) -> None:
-        self._computations.append((name, self._take()))
+    def _begin(self, name: str) -> _Span:
+        span = _Span(name, self._take())
+        self._computations.append(span)
+        return span
 
     def _take(self) -> Moment:
         moment = self._stopwatch.take()
@@ -165,3 +195,23 @@ class _Recorded:
 
     def is_completed(self) -> bool:
         return self.work.is_completed()
+
+
+def last_nodes(first: Node, inputs: Sequence[Tensor]) -> list[Node]:
+    """The autograd nodes from `first` on that hand a gradient to one of the inputs."""
+    sources = {one.grad_fn for one in inputs}  # nodes that made an input; those of leaves have the leaf as `variable`
+
+    def is_source(node: Node) -> bool:
+        return node in sources or any(getattr(node, "variable", None) is one for one in inputs)
+
+    found, seen = list[Node](), {first}
+    waiting = [] if is_source(first) else [first]
+    while waiting:
+        node = waiting.pop()
+        following = [other for other, _ in node.next_functions if other is not None]
+        if any(is_source(other) for other in following):
+            found.append(node)
+        new = [other for other in dict.fromkeys(following) if other not in seen and not is_source(other)]
+        seen.update(new)
+        waiting += new
+    return found

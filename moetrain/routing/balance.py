@@ -9,7 +9,7 @@ from moetrain.routing.types import GateScores, RoutingContext, RoutingStats
 
 def routing_stats(scores: GateScores, expert_NK: Tensor, num_dropped: int, config: RoutingConfig, context: RoutingContext) -> RoutingStats:
     """Loss sums and loads over the valid tokens of this micro-batch."""
-    num_sequences, seq_len = context.shape_BS
+    shape_BSE = *context.shape_BS, config.num_experts
     chosen_NE = torch.zeros_like(scores.value_NE, dtype=torch.int64).scatter_(1, expert_NK, 1)
     valid_N1 = torch.ones_like(chosen_NE[:, :1]) if context.valid_N is None else context.valid_N.to(torch.int64).unsqueeze(1)
     chosen_NE = chosen_NE * valid_N1
@@ -18,8 +18,8 @@ def routing_stats(scores: GateScores, expert_NK: Tensor, num_dropped: int, confi
     if config.auxiliary_loss_weight == 0:
         auxiliary = value_NE.new_zeros(())
     elif config.auxiliary_loss_scope == "sequence":
-        load_BE = chosen_NE.view(num_sequences, seq_len, -1).sum(1)
-        auxiliary = balance_sum(load_BE, value_NE.view(num_sequences, seq_len, -1).sum(1))
+        load_BE = chosen_NE.view(shape_BSE).sum(1)
+        auxiliary = balance_sum(load_BE, value_NE.view(shape_BSE).sum(1))
     elif config.auxiliary_loss_scope == "micro_batch":
         auxiliary = balance_sum(load_E.unsqueeze(0), value_NE.sum(0, keepdim=True))
     else:

@@ -84,7 +84,7 @@ class RoutingContext:
     valid_N: Tensor | None = None  # bool; None: all valid. Invalid tokens are routed but not counted
     exchange: Exchange = alone
     dropless: bool = False  # ignore the capacity
-    carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches (scope global_batch)
+    carried_load_E: Tensor | None = None  # global loads of this step's earlier micro-batches, of one gating (scope global_batch)
     taken: Routing | None = None  # a choice made before for the same tokens: they must not take its experts again
 
 

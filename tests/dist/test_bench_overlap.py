@@ -11,10 +11,12 @@ from moetrain.dist.transport import PointToPoint, Work
 from moetrain.dist.world import World
 from moetrain.parallel.planner import MOST_STEPS, WARM_UP, Role
 from tests.kit import run_ranks
+from tools.bench_overlap import null_summary
+from tools.gpu_null import ALONE, NULL
 from tools.overlap_adaptive import MAX_CHUNKS, PLAN_STEPS, Stepper
 from tools.overlap_arms import Arms, counted
 from tools.overlap_cases import GROUPS, OVERLAPPED, SCMOE, SERIAL, SMALL, TOP_2, Run
-from tools.overlap_rank import Job, Laps, laps
+from tools.overlap_rank import Job, Laps, laps, null
 from tools.overlap_transport import summary, transport
 from tools.overlap_unit import Unit, balanced
 
@@ -33,6 +35,7 @@ def everything(world: World) -> dict:
         "transport": transport(arms, 1),
         "wrong": with_a_wrong_transport(arms),
         "planned": planned(arms),
+        "null": null(job("null"), arms),
     }
 
 
@@ -117,6 +120,13 @@ def test_all_to_alls_alone_are_measured_beside_one_stream(found: list[dict]) -> 
     ways = summary([rank["transport"] for rank in found])["ways"]
     assert isinstance(ways, dict) and len(ways) == 8
     assert all(row["of the line"] > 0 for name, row in ways.items() if name != "one way")
+
+
+@pytest.mark.dist
+def test_the_code_around_exchanges_is_timed_beside_a_path_without(found: list[dict]) -> None:
+    figures = null_summary([rank["null"] for rank in found])
+    assert all(figures["ratios"][name]["median"] > 0 for name in (ALONE, NULL)) and 0 < figures["added_share"]["median"] < 1
+    assert all(error < 1e-4 for rank in found for error in rank["null"]["errors"].values())
 
 
 @pytest.mark.dist

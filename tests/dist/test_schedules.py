@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ class Case:
     serial: bool = False
     recompute: bool = False
     accumulation: int = 1
+    compiled: bool = False
 
 
 @dataclass
@@ -81,7 +83,7 @@ def one_step(world: World, case: Case) -> Outcome:
     alone = world.size == 1
     mesh = Mesh(world, 1 if alone else EP)
     parallel = ParallelConfig(ep=mesh.ep.size, dense=case.dense)
-    settings = EngineConfig(dtype="float64", autocast="off", recompute=case.recompute)
+    settings = EngineConfig(dtype="float64", autocast="off", recompute=case.recompute, compile=case.compiled)
     engine = TorchEngine(config_of(case.kind), parallel, settings, OptimConfig(), world, mesh)
     engine.initialize(seed=1)
     counted = Counted(mesh.ep.link.transport)
@@ -144,3 +146,15 @@ def test_recomputation_and_accumulation_exchange_each_row_once_each_way(outcomes
         assert outcome.times == dict.fromkeys(rows, 4 * 2 * 3) | {"expert counts": 4 * 2}
         assert outcome.num_pairs == 4 * 2 * RANKS * 16
         assert torch.equal(outcome.load_LE, plain.load_LE) and int(plain.load_LE.sum()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.skipif(" " in torch.__file__, reason="torch.compile cannot link where torch's path holds a space; it is refused there")
+def test_what_is_compiled_changes_rounding_only_and_slots_still_no_bit(tmp_path: Path) -> None:
+    compiled = Case("scmoe", "replicate", compiled=True)
+    cases = [replace(compiled, compiled=False), compiled, replace(compiled, late=True), replace(compiled, num_chunks=3, recompute=True)]
+    by_rank = run_ranks(on_ranks, RANKS, tmp_path, cases, timeout=1100, limit=900)
+    plain, early, late, recomputed = (gradients(list(outcomes)) for outcomes in zip(*by_rank, strict=True))
+    assert farthest(early, plain) < 1e-10 and farthest(recomputed, plain) < 1e-10
+    assert all(torch.equal(late[key], value) for key, value in early.items())

@@ -13,7 +13,9 @@ from moetrain.parallel import precision
 from moetrain.parallel.config import EngineConfig, ParallelConfig
 from moetrain.parallel.native import TorchEngine
 from moetrain.parallel.precision import autocast_dtype
+from moetrain.parallel.sums import StepSums
 from moetrain.routing.config import RoutingConfig
+from moetrain.routing.types import RoutingStats
 from tests.unit.test_model import tiny
 
 Patch = pytest.MonkeyPatch
@@ -90,3 +92,15 @@ def test_a_sample_drops_no_token() -> None:
         made.initialize(seed=1)
         samples.append(made.generate([1, 2, 3], 20, seed=0))
     assert samples[0] == samples[1]
+
+
+def test_the_load_carried_to_the_next_micro_batch_is_that_of_one_gating() -> None:
+    """Two pairs choose twice each at one bank: a gating of the next micro-batch is one in two, not one in five."""
+    config = tiny("dgmoe")
+    config.shortcut.pairs_per_bank, config.routing.auxiliary_loss_scope = 2, "global_batch"
+    sums, nothing = StepSums(config, World.single(torch.device("cpu"))), torch.zeros(())
+    load_E = torch.arange(config.routing.num_experts)
+    ids = torch.zeros(1, 5, dtype=torch.int64)
+    batch = make_batch(ids, ids, ids == 0, 0, False)
+    sums.add(nothing, batch, [RoutingStats(nothing, nothing, 4 * load_E, nothing)])
+    assert torch.equal(sums.carried_load, load_E.double().unsqueeze(0))

@@ -146,13 +146,19 @@ def test_fixed_slot_and_chunks_are_kept() -> None:
     assert choose(times, 1, slot=9) == Schedule((4,))  # the last one there is
 
 
-@pytest.mark.parametrize(("before", "after"), [(0.02, 0.4), (0.4, 0.1)])
+@pytest.mark.parametrize(("before", "after"), [(0.02, 0.4), (0.4, 0.1), (0.8, 0.89), (0.89, 0.8)])  # the last two: a link twice as slow
 def test_drift_is_noticed_soon_and_no_more_once_it_is_normal(before: float, after: float) -> None:
     drift = Drift(0.1)
-    assert not any(drift.notices(before + 0.01 * (step % 3)) for step in range(50))
+    assert not any(drift.notices(before + 0.005 * (step % 3)) for step in range(50))
     assert [drift.notices(after) for _ in range(10)].index(True) < 3
     drift.restart()
     assert not any(drift.notices(after) for _ in range(20))
+
+
+def test_a_change_soon_after_the_plan_is_noticed() -> None:
+    drift = Drift(0.1)
+    assert not any([drift.notices(share) for share in (0.1, 0.1, 0.3, 0.3, 0.3)])
+    assert drift.notices(0.3)
 
 
 def test_one_slow_step_is_no_drift() -> None:

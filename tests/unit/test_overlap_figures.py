@@ -97,6 +97,15 @@ def test_hidden_is_the_part_of_the_exchange_that_overlap_saved(found: list[dict]
     assert backward["efficiency"]["median"] == pytest.approx(0.9 / 0.95)
 
 
+def test_a_burst_after_a_pause_makes_no_bound_easier(found: list[dict]) -> None:
+    """Back to back the exchanges take longer than what the serial arm pays for them: that is what can be hidden."""
+    for one in found:
+        one["laps"][Run(SCMOE, EXCHANGE).name]["forward"] = [1.5 * seconds for seconds in one["laps"][Run(SCMOE, EXCHANGE).name]["forward"]]
+    figures = hiding(found, SCMOE, Run(SCMOE, OVERLAPPED, (3,)).name, Run(SCMOE, EXCHANGE).name)["forward"]
+    assert figures["alone"] == pytest.approx(1.5 * 1.2) and figures["comm"] == pytest.approx(1.2)
+    assert figures["bound"] == pytest.approx((0.6 - 0.06) / 1.2)
+
+
 def test_chunks_hide_under_each_others_experts_too(found: list[dict]) -> None:
     assert window(found, SCMOE, Run(SCMOE, OVERLAPPED, (3,)).name, "forward") == 0.6
     assert window(found, SCMOE, Run(SCMOE, OVERLAPPED, (2, 3)).name, "forward") == pytest.approx(0.6 + 0.5 / 2)

@@ -1,6 +1,7 @@
 """The planner in a closed loop with simulated steps: what it measures, what it chooses, when it measures again."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from moetrain.model.gpt import meta_model
 from moetrain.model.schedule import Schedule
 from moetrain.parallel.block_times import Site
 from moetrain.parallel.config import OverlapConfig
-from moetrain.parallel.overlap import OperatorTimes, simulate
+from moetrain.parallel.overlap import OperatorTimes, PassTimes, TripTimes, simulate
 from moetrain.parallel.planner import OverlapPlanner, Role, numbers_of_chunks
 from tests.unit.overlap_kit import serial_lanes, shaped
 
@@ -63,6 +64,20 @@ def waited_share(blocks: list[RoutedBlock], times: Times) -> float:
 
 def at(megabit: float, top_k: int = 1) -> Times:
     return lambda num_operators: shaped(1024, 256, 1024, top_k, num_operators, megabit)
+
+
+def skewed(times: Times) -> Times:
+    """With three times the rows on the busiest rank, for whom all wait."""
+
+    def uneven(its: PassTimes) -> PassTimes:
+        trips = [TripTimes(3 * trip.experts, 3 * trip.to_experts, 3 * trip.from_experts) for trip in its.trips]
+        return replace(its, trips=tuple(trips))
+
+    def of(num_operators: int) -> OperatorTimes:
+        even = times(num_operators)
+        return OperatorTimes(uneven(even.forward), uneven(even.backward))
+
+    return of
 
 
 def best(times: OperatorTimes, max_chunks: int) -> float:
@@ -136,18 +151,32 @@ def test_numbers_of_chunks_double_up_to_the_most(chunks: int, max_chunks: int, n
     assert numbers_of_chunks(OverlapConfig(chunks=chunks, max_chunks=max_chunks)) == numbers
 
 
-@pytest.mark.parametrize("pattern", ["scmoe", "moe"])
-@pytest.mark.parametrize(("before", "after"), [(200, 40), (40, 200)])
-def test_a_changed_rate_is_planned_for_within_twenty_steps(pattern: str, before: float, after: float) -> None:
+# A plain block has nothing but its experts and their exchanges: all of it grows with the rows, and its plan stays the best.
+CHANGES = [(pattern, *rates) for pattern in ("scmoe", "moe") for rates in ((at(200), at(40)), (at(40), at(200)))]
+CHANGES += [("scmoe", at(60), skewed(at(60))), ("scmoe", skewed(at(60)), at(60))]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "before", "after"), CHANGES, ids=["slower", "faster", "plain, slower", "plain, faster", "uneven", "even again"]
+)
+def test_a_changed_rate_or_skew_is_planned_for_within_twenty_steps(pattern: str, before: Times, after: Times) -> None:
     """Two blocks of four layers, so that a measurement takes as long as it may. While plans are tried, their waits are no drift."""
     under_test = planner(OverlapConfig(measure_every=0, chunks=0), blocks_of([pattern], 4))
-    run(under_test, at(before), 60, simulated(at(before)))
-    roles = run(under_test, at(after), 20, simulated(at(after)))
+    run(under_test, before, 60, simulated(before))
+    roles = run(under_test, after, 20, simulated(after))
     assert roles[Role.MEASURED], "nothing was measured again"
     for block in under_test.blocks:
-        times = at(after)(len(block.operators))
+        times = after(len(block.operators))
         assert simulate(times, block.schedule) <= 1.03 * best(times, 4)
-    assert run(under_test, at(after), 100)[Role.WATCHED] == list(range(100))
+    assert run(under_test, after, 100)[Role.WATCHED] == list(range(100))
+
+
+def test_a_link_that_changes_two_steps_after_the_plan_is_followed() -> None:
+    under_test = planner(OverlapConfig(measure_every=0), blocks_of(["scmoe"], 4))
+    assert run(under_test, at(200), 7)[Role.MEASURED] == [1, 2, 3, 4]
+    assert run(under_test, at(40), 20)[Role.MEASURED]
+    for block in under_test.blocks:
+        assert simulate(at(40)(3), block.schedule) <= 1.01 * best(at(40)(3), 1)
 
 
 def test_blocks_of_other_kinds_have_plans_of_their_own() -> None:

@@ -70,9 +70,20 @@ def test_forward_and_backward_of_every_operator_are_spans() -> None:
     y = timer("a", lambda x: Tick.apply(x, clock, 1.0), x)
     z = timer("b", lambda y: Tick.apply(Tick.apply(y, clock, 1.0), clock, 2.0), y)
     z.sum().backward()
-    timer.launch("rows", torch.zeros(2, 3), torch.zeros(2, 3), [1, 1], [1, 1], AXIS).wait()  # ends the last computation
+    clock.time += 50  # what comes after the last operator is none of it
     spans = [(its.name, its.start, its.end) for its in timer.lanes().computations]
     assert spans == [("a", 0, 1), ("b", 1, 4), ("gradient of b", 4, 10), ("gradient of a", 10, 12)]
+
+
+def test_a_backward_ends_with_the_last_of_the_nodes_that_reach_an_input() -> None:
+    """What is between two operators belongs to neither; an input may be used more than once, or be no tensor that has a gradient."""
+    clock = FakeClock()
+    timer = recorder(clock)
+    start = Tick.apply(torch.ones(2, requires_grad=True), clock, 1.0)
+    y = timer("a", lambda x, other: Tick.apply(x, clock, 1.0) + Tick.apply(x, clock, 2.0) + other, start, torch.ones(2))
+    timer("b", lambda y: Tick.apply(y, clock, 1.0), Tick.apply(y, clock, 10.0)).sum().backward()
+    spans = [(its.name, its.end - its.start) for its in timer.lanes().computations]
+    assert spans == [("a", 3), ("b", 1), ("gradient of b", 2), ("gradient of a", 6)]
 
 
 @pytest.mark.parametrize(("work_seconds", "end", "waited"), [(1.0, 5.0, 4.0), (7.0, 7.0, 0.0)])
