@@ -24,10 +24,10 @@ class KeyValueCache(Protocol):
 
 
 class Timer(Protocol):
-    """Runs one computation of a block and may take its time, forward and backward. It must not change what is computed.
+    """Runs one computation of a model and may take its time, forward and backward. It must not change what is computed.
 
     Blocks run every main-stream computation through it as `<block's name>/<operator>` and the experts, once per token chunk, as
-    `<block's name>/experts`. The name of a block with routed experts is that of its bank.
+    `<block's name>/experts`. The name of a block with routed experts is that of its bank. Norm and matmul to logits are `head`.
     """
 
     def __call__(self, name: str, operator: Callable[..., Tensor], *inputs: Tensor) -> Tensor:

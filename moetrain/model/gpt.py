@@ -65,9 +65,13 @@ class GPT(nn.Module):
             h_BSD, of_block = block(h_BSD, inputs, context)
             if place.bank is not None:
                 stats.setdefault(place.bank, []).extend(of_block)
-        h_BSD = self.final_norm(h_BSD)
-        head = self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
-        return GPTOutput(nn.functional.linear(h_BSD, head), [merged(of_bank) for of_bank in stats.values()])
+        logits_BSV = context.timer("head", self.head, h_BSD)
+        return GPTOutput(logits_BSV, [merged(of_bank) for of_bank in stats.values()])
+
+    def head(self, h_BSD: Tensor) -> Tensor:
+        """Logits [B, S, vocab_size] of the stream behind the last block."""
+        weight = self.embedding.weight if self.config.tie_embeddings else self.lm_head.weight
+        return nn.functional.linear(self.final_norm(h_BSD), weight)
 
 
 def meta_model(config: ModelConfig, site: Callable[[str], BankSite] | None = None, experts_method: str = "auto") -> GPT:

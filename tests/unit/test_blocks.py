@@ -208,7 +208,7 @@ def test_experts_run_just_before_the_computation_of_their_slot() -> None:
     (block,) = routed_blocks(model)
     block.schedule = Schedule((2, 3, 4))
     timed = model(tokens(), ForwardContext(timer=noted)).logits_BSV
-    assert seen == ["dense_attention", "mlp", "experts", "attention", "experts", "shared", "experts"]
+    assert seen == ["dense_attention", "mlp", "experts", "attention", "experts", "shared", "experts", "head"]
     assert block.operators == ("mlp", "attention", "shared")
     assert torch.equal(timed, model(tokens()).logits_BSV)
 
