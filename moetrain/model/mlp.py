@@ -29,8 +29,9 @@ class NormedSwiGLU(SwiGLU):
         super().__init__(hidden_size, ffn_size)
         self.norm = RMSNorm(hidden_size, eps)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(self.norm(x))
+    def forward(self, x: Tensor, is_normed: bool = False) -> Tensor:
+        """`is_normed`: the caller has done it."""
+        return super().forward(x if is_normed else self.norm(x))
 
 
 def gated(gate_up: Tensor) -> Tensor:

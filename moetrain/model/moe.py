@@ -1,5 +1,6 @@
 """The routed half of a block: gate, dispatch, experts, combine, and the shared experts beside them. B, S, D as everywhere; N = B*S."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -96,10 +97,13 @@ class MoE(nn.Module):
         """The shared experts on x_BSD (before their own norm, if they have one), weighted by the gate, and the weight [B, S, 1] of the
         routed experts (None: 1). Direct add, CG-1 and CG-2 of arXiv 2404.05019 section 3.2.
         """
-        update_BSD = context.timer(f"{name}/shared", partial(run, self.shared, recompute=context.recompute), x_BSD)
+        shared: Callable[..., Tensor] = self.shared
+        if self.shared_gate is not None and isinstance(self.shared, NormedSwiGLU):
+            x_BSD, shared = self.shared.norm(x_BSD), partial(self.shared, is_normed=True)  # once, for the gate too
+        update_BSD = context.timer(f"{name}/shared", partial(run, shared, recompute=context.recompute), x_BSD)
         if self.shared_gate is None:
             return update_BSD, None
-        gate = self.shared_gate(self.shared.norm(x_BSD) if isinstance(self.shared, NormedSwiGLU) else x_BSD)
+        gate = self.shared_gate(x_BSD)
         if gate.shape[-1] == 1:
             return torch.sigmoid(gate) * update_BSD, None
         shared_BS1, routed_BS1 = torch.softmax(gate, dim=-1).split(1, dim=-1)
