@@ -138,9 +138,8 @@ def figures_of(part: str, found: list[dict]) -> dict:
         return overlap_figures.schedules(found)
     if part == "peers":
         return overlap_figures.peers(found, Run(DEEPSPEED, SERIAL).name, Run(DEEPSPEED, STOCK).name)
-    if part == "null":
-        return null_summary(found)
-    return {"transport": summary, "adaptive": adaptive_summary, "change": change_summary, "steps": step_summary}[part](found)
+    summaries = {"transport": summary, "null": null_summary, "adaptive": adaptive_summary, "change": change_summary, "steps": step_summary}
+    return summaries[part](found)
 
 
 def null_summary(found: list[dict]) -> dict[str, dict]:
