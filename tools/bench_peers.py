@@ -3,7 +3,8 @@
     python -m tools.bench_peers --json benchmarks/peers.json         (--profile: where ours spends its time, instead)
 
 Before anything is timed, the first loss of every contender must be ours, and its gradient norm too. Contenders take turns; ratios are of
-the rounds' own times. Achieved: the model's operations a second over what this machine's matrix product of random numbers does at most.
+the rounds' own times. As in a run of ours, the process keeps the memory that steps free, so that nobody pays for taking it again.
+Achieved: the model's operations a second over what this machine's matrix product of random numbers does at most.
 The floor is a step of nothing but its own matrix products and attentions, forward and backward, one after the other: no step that
 computes them can be faster, and what the best peer takes over it is the most that anybody could gain on that peer.
 DeepSpeed and Megatron-Core are left out when they are not installed. OLMoE normalises queries and keys; ours beside it does so too.
@@ -29,6 +30,7 @@ from torch._ops import OpOverload
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moetrain.base.memory import keep_freed_memory
 from moetrain.data.batch import Batch
 from moetrain.model.config import ModelConfig
 from moetrain.model.count import training_flops_per_token
@@ -197,6 +199,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    keep_freed_memory()
     config, case = measured_model(options.small), SMALL if options.small else CASE
     if options.profile:
         print("\n".join(profile_lines(profiled(Ours(config, EngineConfig(autocast="off")), config, case))))

@@ -11,6 +11,7 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import embedding_bag
 
 from moetrain.routing.types import Routing
 
@@ -91,22 +92,32 @@ class LocalDispatcher:
 
 
 def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens: int) -> Tensor:
-    """Weighted sum per token of rows that stand in `order_P` (row i belongs to pair order_P[i]).
+    """[N, D]: weighted sum per token of rows that stand in `order_P` (row i belongs to pair order_P[i]).
 
     Summed pair by pair in token order, so the result does not depend on where experts live.
     """
-    weighted_PD = permute(rows_PD, inverse(order_P), order_P) * routing.weight_P.to(rows_PD.dtype).unsqueeze(1)
-    return sum_per_token(weighted_PD, routing.token_P, routing.pairs_per_token, num_tokens)
+    weight_P = routing.weight_P.to(rows_PD.dtype)
+    return cast(Tensor, _Combine.apply(rows_PD, weight_P, routing.token_P, order_P, routing.pairs_per_token, num_tokens))
 
 
-def sum_per_token(rows_PD: Tensor, token_P: Tensor, pairs_per_token: int | None, num_tokens: int) -> Tensor:
-    """[N, D]: sums of rows that stand token by token, zero for a token without any.
+def sum_per_token(
+    rows_PD: Tensor, place_P: Tensor, token_P: Tensor, pairs_per_token: int | None, num_tokens: int, weight_P: Tensor | None = None
+) -> Tensor:
+    """[N, D]: sums of rows_PD[place_P], times `weight_P`, over the pairs of every token; zero for a token without any.
 
-    Where all tokens have as many it is a plain sum: index_add on a GPU adds in any order, and three addends show it.
+    On CPUs in one pass, by torch's embedding bag. Elsewhere a plain sum where all tokens have as many pairs: index_add on a GPU adds in any
+    order, and three addends show it.
     """
+    if rows_PD.is_cpu and not torch.compiler.is_compiling():
+        token_N = torch.arange(num_tokens)
+        first_N = torch.searchsorted(token_P, token_N) if pairs_per_token is None else token_N * pairs_per_token
+        return embedding_bag(place_P, rows_PD, first_N, mode="sum", per_sample_weights=weight_P)
+    by_pair_PD = rows_PD.index_select(0, place_P)
+    if weight_P is not None:
+        by_pair_PD = by_pair_PD * weight_P.unsqueeze(1)
     if pairs_per_token is None:
-        return rows_PD.new_zeros(num_tokens, rows_PD.shape[1]).index_add(0, token_P, rows_PD)
-    return rows_PD.view(num_tokens, pairs_per_token, rows_PD.shape[1]).sum(1)
+        return rows_PD.new_zeros(num_tokens, rows_PD.shape[1]).index_add(0, token_P, by_pair_PD)
+    return by_pair_PD.view(num_tokens, pairs_per_token, rows_PD.shape[1]).sum(1)
 
 
 def inverse(order: Tensor) -> Tensor:
@@ -140,6 +151,26 @@ class _Permute(torch.autograd.Function):
         return grad.index_select(0, back), None, None
 
 
+class _Combine(torch.autograd.Function):
+    """Keeps the rows as they came. Autograd would keep them in token order, and spread the gradient over all pairs before it weighs it."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, rows_PD: Tensor, weight_P: Tensor, token_P: Tensor, order_P: Tensor, pairs_per_token: int | None, num_tokens: int
+    ) -> Tensor:
+        place_P = inverse(order_P)
+        ctx.save_for_backward(rows_PD, weight_P, token_P, order_P, place_P)
+        return sum_per_token(rows_PD, place_P, token_P, pairs_per_token, num_tokens, weight_P)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_ND: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+        rows_PD, weight_P, token_P, order_P, place_P = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_PD = grad_ND.index_select(0, token_P[order_P])
+        grad_weight_P = (grad_PD * rows_PD).sum(1)[place_P]  # no matrix product, which autocast or TF32 would round
+        return grad_PD.mul_(weight_P[order_P].unsqueeze(1)), grad_weight_P, None, None, None, None
+
+
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x_ND: Tensor, token_P: Tensor, order_P: Tensor, pairs_per_token: int | None) -> Tensor:
@@ -151,5 +182,4 @@ class _Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_PD: Tensor) -> tuple[Tensor, None, None, None]:
         token_P, order_P = ctx.saved_tensors  # type: ignore[attr-defined]
-        by_pair_PD = grad_PD.index_select(0, inverse(order_P))
-        return sum_per_token(by_pair_PD, token_P, *ctx.sizes), None, None, None  # type: ignore[attr-defined]
+        return sum_per_token(grad_PD, inverse(order_P), token_P, *ctx.sizes), None, None, None  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Cross-entropy that keeps one tensor as big as the logits, their gradient, and passes over it as seldom as it can."""
+"""Cross-entropy that needs no second tensor as big as the logits, and passes over them as seldom as it can."""
 
 from typing import cast
 
@@ -7,17 +7,15 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn.functional import nll_loss
 
-CPU_PART, GPU_PART = (
-    1 << 20,
-    1 << 23,
-)  # logits at a time: they stay in the cache of a core (each of the threads gets as many); they fill a GPU
+# logits at a time: they stay in the cache of a core (each of the threads gets as many), or fill a GPU
+CPU_PART, GPU_PART = 1 << 18, 1 << 23
 
 
 def cross_entropy(logits_NV: Tensor, label_N: Tensor, valid_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Nats summed over valid labels, in at least float32: times `scale` with a gradient, and as they are without one.
 
     The gradient is made beside the loss, part by part, while a part's softmax is at hand (as in arXiv 2410.10989 section 3.2), and rounded
-    once: `scale` goes into it before. Its backward pass may run one time.
+    once: `scale` goes into it before. **It overwrites the logits**, and its backward pass may run one time.
     """
     with_gradient = torch.is_grad_enabled() and logits_NV.requires_grad
     return cast(tuple[Tensor, Tensor], _CrossEntropy.apply(logits_NV, label_N, valid_N, scale, with_gradient))
@@ -29,7 +27,6 @@ class _CrossEntropy(torch.autograd.Function):
         ctx: FunctionCtx, logits_NV: Tensor, label_N: Tensor, valid_N: Tensor, scale: float, with_gradient: bool
     ) -> tuple[Tensor, Tensor]:
         label_N, ignored_N = label_N.masked_fill(~valid_N, 0), ~valid_N
-        grad_NV = torch.empty_like(logits_NV) if with_gradient else None
         nats_N = logits_NV.new_empty(logits_NV.shape[0], dtype=torch.promote_types(logits_NV.dtype, torch.float32))
         size = CPU_PART * torch.get_num_threads() if logits_NV.is_cpu else GPU_PART
         rows = max(1, size // max(logits_NV.shape[1], 1))
@@ -37,11 +34,17 @@ class _CrossEntropy(torch.autograd.Function):
             part = slice(start, start + rows)
             log_NV = torch.log_softmax(logits_NV[part], 1, dtype=nats_N.dtype)
             nats_N[part] = nll_loss(log_NV, label_N[part], reduction="none")
-            if grad_NV is not None:
-                softmax_NV = log_NV.exp_().mul_(scale)
-                softmax_NV.scatter_add_(1, label_N[part].unsqueeze(1), softmax_NV.new_tensor(-scale).expand(softmax_NV.shape[0], 1))
-                grad_NV[part] = softmax_NV.masked_fill_(ignored_N[part].unsqueeze(1), 0)
-        ctx.grad_NV = grad_NV  # type: ignore[attr-defined]
+            if with_gradient:
+                is_wide = log_NV.dtype == logits_NV.dtype
+                grad_NV = torch.exp(log_NV, out=logits_NV[part] if is_wide else log_NV).mul_(scale)
+                grad_NV.scatter_add_(1, label_N[part].unsqueeze(1), grad_NV.new_tensor(-scale).expand(grad_NV.shape[0], 1))
+                if grad_NV.is_cpu:  # few rows do not count; a GPU would have to wait to know which
+                    grad_NV.index_fill_(0, ignored_N[part].nonzero().flatten(), 0)
+                else:
+                    grad_NV.masked_fill_(ignored_N[part].unsqueeze(1), 0)
+                if not is_wide:
+                    logits_NV[part] = grad_NV
+        ctx.grad_NV = logits_NV.detach() if with_gradient else None  # type: ignore[attr-defined]
         nats = nats_N.masked_fill_(ignored_N, 0).sum()
         ctx.mark_non_differentiable(nats)
         return nats * scale, nats

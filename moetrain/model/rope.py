@@ -28,7 +28,7 @@ def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Writes both halves where they belong, and keeps nothing but the angles; autograd would copy halves together on both ways."""
+    """Turns both halves where they stand, and keeps nothing but the angles; autograd would copy halves together on both ways."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -43,11 +43,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    (left, right), (cos, _), (sin, _) = (each.chunk(2, dim=-1) for each in (x, cos, sin))  # both halves of the angles are equal
-    result = torch.empty_like(x)
-    first, second = result.chunk(2, dim=-1)
-    torch.mul(left, cos, out=first).sub_(right * sin)
-    torch.mul(right, cos, out=second).add_(left * sin)
+    result, across = x * cos, x * sin  # both halves of the angles are equal
+    (first, second), (left, right) = result.chunk(2, dim=-1), across.chunk(2, dim=-1)
+    first.sub_(right)
+    second.add_(left)
     return result
 
 

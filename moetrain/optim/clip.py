@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moetrain.dist.mesh import Mesh
 
-CPU_PART = 1 << 17  # elements a thread at a time: CPUs copy what they add up to float64 first, and so little of it stays in the cache
+CPU_PART = 1 << 17  # elements a thread at a time: they are copied to float64 first, and so few stay in the cache
 
 
 class Kind(Enum):
@@ -51,6 +51,11 @@ def _sum_of_squares(shards: Sequence[GradientShard], mesh: Mesh, *kinds: Kind) -
     total = torch.zeros((), dtype=torch.float64, device=mesh.world.device)
     for tensor, kind in shards:
         if kind in kinds and tensor.numel():
-            for part in tensor.flatten().split(CPU_PART * torch.get_num_threads()) if tensor.is_cpu else (tensor,):
-                total += torch.linalg.vector_norm(part, dtype=torch.float64).square()
+            total += _on_cpu(tensor.flatten()) if tensor.is_cpu else torch.linalg.vector_norm(tensor, dtype=torch.float64).square()
     return total
+
+
+def _on_cpu(values: Tensor) -> Tensor:
+    parts = values.split(CPU_PART * torch.get_num_threads())
+    wide = torch.empty(len(parts[0]), dtype=torch.float64)
+    return torch.stack([torch.dot(copied := wide[: len(part)].copy_(part), copied) for part in parts]).sum()

@@ -209,7 +209,7 @@ def memory(model: ModelConfig, parallel: ParallelConfig, engine: EngineConfig, a
         gathered=gathered * value,
         copies=held * compute if low_precision else 0,
         activations=int(micro_tokens * activation_bytes_per_token(model, value, compute, engine.recompute)),
-        logits=micro_tokens * model.vocab_size * 2 * compute,  # and their gradient; a softmax of a part beside them
+        logits=micro_tokens * model.vocab_size * compute,  # their gradient takes their place; a softmax of a part stands beside them
         exchange=int(2 * rows * model.hidden_size * value),  # a send and a receive buffer
     )
 

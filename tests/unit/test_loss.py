@@ -20,7 +20,7 @@ def test_loss_and_gradient_are_torchs(
     generator = torch.Generator().manual_seed(1)
     logits = (5 * torch.randn(7, 11, generator=generator)).to(dtype).requires_grad_()
     label, mask = torch.randint(0, 11, (7,), generator=generator), torch.tensor(valid)
-    scaled, mine = ours(logits, label, mask, 0.3)
+    scaled, mine = ours(logits.clone(), label, mask, 0.3)
     wide = logits if dtype == torch.float64 else logits.float()
     theirs = cross_entropy(wide, label.masked_fill(~mask, -100), ignore_index=-100, reduction="sum")
     assert mine.dtype == theirs.dtype and not mine.requires_grad
@@ -35,7 +35,7 @@ def test_a_gradient_in_low_precision_is_rounded_once() -> None:
     logits = torch.randn(64, 11).to(torch.bfloat16).requires_grad_()
     label, mask, scale = torch.arange(64) % 11, torch.ones(64, dtype=torch.bool), 1 / (3 << 14)
     grads = []
-    for one in (ours(logits, label, mask, scale)[0], cross_entropy(logits.float(), label, reduction="sum") * scale):
+    for one in (ours(logits.clone(), label, mask, scale)[0], cross_entropy(logits.float(), label, reduction="sum") * scale):
         grads += torch.autograd.grad(one, logits)
     torch.testing.assert_close(grads[0], grads[1], rtol=2**-8, atol=0)
     assert (grads[0] != grads[1]).float().mean() < 0.02
@@ -45,7 +45,7 @@ def test_a_label_that_does_not_count_may_be_anything() -> None:
     logits = torch.randn(3, 5).requires_grad_()
     with torch.no_grad():
         logits[1] = float("nan")
-    scaled, nats = ours(logits, torch.tensor([4, -1, 0]), torch.tensor([True, False, True]), 0.5)
+    scaled, nats = ours(logits.clone(), torch.tensor([4, -1, 0]), torch.tensor([True, False, True]), 0.5)
     scaled.backward()
     assert torch.isfinite(nats) and logits.grad is not None and torch.isfinite(logits.grad).all() and not logits.grad[1].any()
 
@@ -53,10 +53,26 @@ def test_a_label_that_does_not_count_may_be_anything() -> None:
 def test_only_one_backward_pass_and_none_without_gradient() -> None:
     logits = torch.randn(3, 5).requires_grad_()
     arguments = torch.tensor([4, 1, 0]), torch.tensor([True, False, True]), 1.0
-    scaled, _ = ours(logits, *arguments)
+    scaled, _ = ours(logits.clone(), *arguments)
     scaled.backward(retain_graph=True)
     with pytest.raises(AssertionError, match="second backward"):
         scaled.backward()
     with torch.no_grad():
         assert not ours(logits, *arguments)[0].requires_grad
     assert not ours(logits.detach(), *arguments)[0].requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gradient_takes_the_place_of_the_logits_and_without_one_they_stay(dtype: torch.dtype) -> None:
+    hidden, arguments = torch.randn(3, 5).to(dtype).requires_grad_(), (torch.tensor([4, 1, 0]), torch.tensor([True, False, True]), 0.5)
+    logits = 2 * hidden
+    before = logits.detach().clone()
+    with torch.no_grad():
+        ours(logits, *arguments)
+    assert torch.equal(logits, before)
+    scaled, _ = ours(logits, *arguments)
+    (grad,) = torch.autograd.grad(scaled, logits)
+    assert grad.data_ptr() == logits.data_ptr() and not grad.requires_grad
+    kept = torch.sigmoid(hidden)  # an operator that needs its result again
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        ours(kept, *arguments)[0].backward()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moetrain.base.errors import ConfigError, PlanError
-from moetrain.model.dispatch import sum_per_token
+from moetrain.model.dispatch import combine_pairs, spread, sum_per_token
 from moetrain.routing.balance import merged, updated_bias
 from moetrain.routing.config import RoutingConfig
 from moetrain.routing.placement import Placement
@@ -209,23 +209,35 @@ def test_the_parts_of_a_split_routing_are_the_whole(chosen: list[list[int]], cut
             assert int(part.count_EL[expert].sum()) == int((part.expert_P == expert).sum())
 
 
+@pytest.mark.parametrize("in_one_pass", [True, False])
 @pytest.mark.parametrize("capacity", [None, 0.5, 8.0])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_sums_per_token_are_those_of_its_pairs(logits: torch.Tensor, top_k: int, capacity: float | None) -> None:
-    routing = route(logits, RoutingConfig(num_experts=6, top_k=top_k, capacity_factor=capacity))
+def test_rows_are_spread_and_combined_as_indexing_does(
+    monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor, top_k: int, capacity: float | None, in_one_pass: bool
+) -> None:
+    """Values and gradients, float64; on CPUs and elsewhere."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: not in_one_pass)
+    routing = route(logits.double().requires_grad_(), RoutingConfig(num_experts=6, top_k=top_k, capacity_factor=capacity))
     assert (routing.pairs_per_token is None) == (capacity == 0.5), "dropped where an expert takes half of its share"
-    rows = torch.randn(len(routing.token_P), 5, dtype=torch.float64, requires_grad=True)
-    expected = torch.zeros(len(logits), 5, dtype=torch.float64).index_add(0, routing.token_P, rows)
-    found = sum_per_token(rows, routing.token_P, routing.pairs_per_token, len(logits))
-    torch.testing.assert_close(found, expected, rtol=1e-15, atol=1e-15)
-    one, other = (torch.autograd.grad(y.square().sum(), rows)[0] for y in (found, expected))
-    torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-14)
+    order_P = torch.argsort(routing.expert_P, stable=True)
+    x = torch.randn(len(logits), 5, dtype=torch.float64, requires_grad=True)
+    scale_P = torch.rand(len(order_P), 1, dtype=torch.float64)  # what an expert does to its row
+    rows = spread(x, routing, order_P)
+    assert torch.equal(rows, x[routing.token_P[order_P]])
+    found = combine_pairs(rows * scale_P, routing, order_P, len(logits))
+    by_pair = (x[routing.token_P[order_P]] * scale_P)[torch.argsort(order_P)] * routing.weight_P.unsqueeze(1)
+    expected = torch.zeros_like(x).index_add(0, routing.token_P, by_pair)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
+    grads, theirs = (torch.autograd.grad(y.square().sum(), (x, routing.weight_P), retain_graph=True) for y in (found, expected))
+    for mine, their in zip(grads, theirs, strict=True):
+        torch.testing.assert_close(mine, their, rtol=1e-13, atol=1e-14)
 
 
 def test_no_tokens_sum_to_nothing() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     for per_token in (1, 3, None):
-        assert sum_per_token(torch.zeros(0, 5), none, per_token, 0).shape == (0, 5)
+        assert sum_per_token(torch.zeros(0, 5), none, none, per_token, 0).shape == (0, 5)
+        assert sum_per_token(torch.zeros(0, 5), none, none, per_token, 0, torch.zeros(0)).shape == (0, 5)
 
 
 def test_a_second_choice_leaves_out_the_first_and_keeps_its_own_weights(logits: torch.Tensor) -> None:
