@@ -15,15 +15,15 @@ from moetrain.model.context import Timer
 from moetrain.model.schedule import Schedule
 from moetrain.parallel.config import OverlapConfig
 from moetrain.parallel.observer import StepObserver
-from moetrain.parallel.planner import MOST_STEPS, WARM_UP, OverlapPlanner
+from moetrain.parallel.planner import MOST_STEPS, WARM_UP, OverlapPlanner, numbers_of_chunks
 from moetrain.parallel.trial import num_steps
 from tools.overlap_arms import Arms
 from tools.overlap_cases import OVERLAPPED, SCMOE, SHARED, SMALL, Size, num_operators
 from tools.overlap_figures import best_over_best
 from tools.overlap_unit import Lap, Unit
 
-MAX_CHUNKS = 2
-PLAN_STEPS = WARM_UP + MOST_STEPS + num_steps(MAX_CHUNKS)  # a measurement, and a trial of one chunk and two
+CONFIG = OverlapConfig(slot=0, chunks=0)
+PLAN_STEPS = WARM_UP + MOST_STEPS + num_steps(len(numbers_of_chunks(CONFIG)))  # a measurement, and a trial of every number of chunks
 CASES = (
     (SCMOE, Size(ffn=352)),
     (SCMOE, Size()),
@@ -33,7 +33,7 @@ CASES = (
     (SHARED, Size()),
 )
 SMALL_CASES = ((SCMOE, SMALL), (SHARED, SMALL))
-HEAT_ROUNDS, STILL_IN = 4, 1.1  # rounds of all schedules; those within this of the fastest (and the chosen one) go on
+HEAT_ROUNDS, FINALISTS = 3, 10  # rounds of all schedules, and how many of the fastest go on, beside the chosen one
 BEFORE, AFTER = 25, 40  # steps around the change of rate
 
 
@@ -44,9 +44,8 @@ class Stepper:
         self.arms, self.unit = arms, Unit(model, size, arms.axis)
         with arms.use(OVERLAPPED):
             self.unit.decide(evenly, arms.axis.index)
-        config = OverlapConfig(slot=0, chunks=0, max_chunks=MAX_CHUNKS)
         self.ran = self.slots  # in the last step; afterwards the planner may have chosen others
-        self.planner = OverlapPlanner(config, self.unit.routed, arms.axis.world)
+        self.planner = OverlapPlanner(CONFIG, self.unit.routed, arms.axis.world)
         self._observer = StepObserver(self.planner, arms.axis)
 
     def step(self) -> float:
@@ -81,8 +80,8 @@ class Stepper:
 
 
 def every(model: str) -> list[tuple[int, ...]]:
-    """All schedules of up to MAX_CHUNKS chunks."""
-    return [schedule.slots for chunks in range(1, MAX_CHUNKS + 1) for schedule in Schedule.every(num_operators(model), chunks)]
+    """All schedules that the planner may choose from."""
+    return [schedule.slots for chunks in range(1, CONFIG.max_chunks + 1) for schedule in Schedule.every(num_operators(model), chunks)]
 
 
 def adaptive(arms: Arms, rounds: int, evenly: bool, small: bool) -> dict[str, object]:
@@ -93,12 +92,17 @@ def adaptive(arms: Arms, rounds: int, evenly: bool, small: bool) -> dict[str, ob
         for _ in range(PLAN_STEPS):
             stepper.step()
         chosen = stepper.slots
-        heats = interleaved(stepper, every(model), HEAT_ROUNDS)
-        medians = {slots: statistics.median(its) for slots, its in heats.items()}
-        fast = [slots for slots in heats if slots == chosen or medians[slots] <= STILL_IN * min(medians.values())]
-        named = [{name(slots): its for slots, its in seconds.items()} for seconds in (heats, interleaved(stepper, fast, rounds))]
-        found.append({"model": model, "size": asdict(size), "chosen": name(chosen), "heats": named[0], "seconds": named[1]})
+        found.append({"model": model, "size": asdict(size), "chosen": name(chosen)} | raced(stepper, model, [chosen], rounds))
     return {"cases": found}
+
+
+def raced(stepper: Stepper, model: str, known: list[tuple[int, ...]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of every schedule in a few rounds (`heats`), and of `known` and the fastest others in `rounds` further ones."""
+    heats = interleaved(stepper, every(model), HEAT_ROUNDS)
+    fastest = sorted(heats, key=lambda slots: statistics.median(heats[slots]))[:FINALISTS]
+    final = interleaved(stepper, list(dict.fromkeys(known + fastest)), rounds)
+    named = [{name(slots): its for slots, its in seconds.items()} for seconds in (heats, final)]
+    return {"heats": named[0], "seconds": named[1]}
 
 
 def interleaved(stepper: Stepper, schedules: list[tuple[int, ...]], rounds: int) -> dict[tuple[int, ...], list[float]]:
@@ -133,8 +137,8 @@ def adaptive_summary(found: list[dict]) -> dict[str, object]:
     return {"cases": rows}
 
 
-def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> dict[str, object]:
-    """Steps before and after the link's rate changes, with the schedule of each; then what each schedule takes at the new rate.
+def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> dict:
+    """Steps before and after the link's rate changes, with the schedule of each; then what the fastest schedules take at the new rate.
 
     Asks for the change by a file; tools/bench_overlap.py makes it and removes the file.
     """
@@ -147,11 +151,11 @@ def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> d
             time.sleep(0.01)
     arms.barrier()
     steps += [_noted(stepper) for _ in range(AFTER)]
-    seconds = {name(slots): [stepper.with_schedule(slots) for _ in range(rounds)] for slots in every(SCMOE)}
-    return {"before": BEFORE, "steps": steps, "seconds": seconds}
+    known = [tuple(map(int, steps[number]["slots"].split("+"))) for number in (BEFORE - 1, -1)]
+    return {"before": BEFORE, "steps": steps} | raced(stepper, SCMOE, known, rounds)
 
 
-def _noted(stepper: Stepper) -> dict[str, object]:
+def _noted(stepper: Stepper) -> dict:
     seconds = stepper.step()
     return {"slots": name(stepper.ran), "seconds": seconds}
 

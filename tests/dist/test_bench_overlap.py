@@ -13,7 +13,7 @@ from moetrain.parallel.planner import MOST_STEPS, WARM_UP, Role
 from tests.kit import run_ranks
 from tools.bench_overlap import null_summary
 from tools.gpu_null import ALONE, NULL
-from tools.overlap_adaptive import MAX_CHUNKS, PLAN_STEPS, Stepper
+from tools.overlap_adaptive import CONFIG, FINALISTS, HEAT_ROUNDS, PLAN_STEPS, Stepper, every, name, raced
 from tools.overlap_arms import Arms, counted
 from tools.overlap_cases import GROUPS, OVERLAPPED, SCMOE, SERIAL, SMALL, TOP_2, Run
 from tools.overlap_rank import Job, Laps, laps, null
@@ -75,14 +75,15 @@ def exchanges(arms: Arms) -> list[list[tuple[str, int]]]:
     return [[(one.name, one.bytes_out(arms.axis.index)) for one in part] for part in parts]
 
 
-def planned(arms: Arms) -> tuple[list[tuple[int, ...]], Role]:
-    """What ran in the steps in which the bench lets the planner choose, and the schedule after them; what the next step would be."""
+def planned(arms: Arms) -> tuple[list[tuple[int, ...]], Role, dict]:
+    """What ran in the steps in which the bench lets the planner choose, and the schedule after them; what the next step would be; and
+    seconds of all schedules, a slow one among those that are known."""
     stepper = Stepper(SCMOE, SMALL, arms, True)
     ran = []
     for _ in range(PLAN_STEPS):
         assert stepper.step() > 0
         ran.append(stepper.ran)
-    return [*ran, stepper.slots], stepper.planner.begin()
+    return [*ran, stepper.slots], stepper.planner.begin(), raced(stepper, SCMOE, [(1, 1, 1, 1)], 2)
 
 
 @pytest.mark.dist
@@ -132,10 +133,19 @@ def test_the_code_around_exchanges_is_timed_beside_a_path_without(found: list[di
 @pytest.mark.dist
 def test_the_planner_has_chosen_when_the_bench_compares(found: list[dict]) -> None:
     """After a measurement in one chunk; in what then, the times of this machine say."""
-    assert found[0]["planned"] == found[1]["planned"]
-    slots, role = found[0]["planned"]
+    assert found[0]["planned"][:2] == found[1]["planned"][:2]
+    slots, role, _ = found[0]["planned"]
     assert role is Role.WATCHED
-    assert {len(its) for its in slots[: WARM_UP + MOST_STEPS]} == {1} and len(slots[-1]) <= MAX_CHUNKS
+    assert {len(its) for its in slots[: WARM_UP + MOST_STEPS]} == {1} and len(slots[-1]) <= CONFIG.max_chunks
+
+
+@pytest.mark.dist
+def test_every_schedule_runs_a_few_times_and_the_fastest_beside_the_known_ones_again(found: list[dict]) -> None:
+    for rank in found:
+        heats, final = rank["planned"][2]["heats"], rank["planned"][2]["seconds"]
+        assert list(heats) == [name(slots) for slots in every(SCMOE)] and len(heats) == 4 + 10 + 20 + 35
+        assert {len(its) for its in heats.values()} == {HEAT_ROUNDS} and {len(its) for its in final.values()} == {2}
+        assert "1+1+1+1" in final and FINALISTS <= len(final) <= FINALISTS + 1
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
