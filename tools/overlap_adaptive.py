@@ -23,7 +23,7 @@ from tools.overlap_figures import best_over_best
 from tools.overlap_unit import Lap, Unit
 
 CONFIG = OverlapConfig(slot=0, chunks=0)
-PLAN_STEPS = WARM_UP + MOST_STEPS + num_steps(len(numbers_of_chunks(CONFIG)))  # a measurement, and a trial of every number of chunks
+PLAN_STEPS = WARM_UP + MOST_STEPS + num_steps(len(numbers_of_chunks(CONFIG)))  # a measurement, and a trial of every candidate
 CASES = (
     (SCMOE, Size(ffn=352)),
     (SCMOE, Size()),
@@ -80,7 +80,7 @@ class Stepper:
 
 
 def every(model: str) -> list[tuple[int, ...]]:
-    """All schedules that the planner may choose from."""
+    """All schedules in as many chunks as the planner may choose, and in fewer."""
     return [schedule.slots for chunks in range(1, CONFIG.max_chunks + 1) for schedule in Schedule.every(num_operators(model), chunks)]
 
 
@@ -92,13 +92,15 @@ def adaptive(arms: Arms, rounds: int, evenly: bool, small: bool) -> dict[str, ob
         for _ in range(PLAN_STEPS):
             stepper.step()
         chosen = stepper.slots
-        found.append({"model": model, "size": asdict(size), "chosen": name(chosen)} | raced(stepper, model, [chosen], rounds))
+        found.append({"model": model, "size": asdict(size), "chosen": name(chosen)} | raced(stepper, every(model), [chosen], rounds))
     return {"cases": found}
 
 
-def raced(stepper: Stepper, model: str, known: list[tuple[int, ...]], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of every schedule in a few rounds (`heats`), and of `known` and the fastest others in `rounds` further ones."""
-    heats = interleaved(stepper, every(model), HEAT_ROUNDS)
+def raced(
+    stepper: Stepper, schedules: list[tuple[int, ...]], known: list[tuple[int, ...]], rounds: int
+) -> dict[str, dict[str, list[float]]]:
+    """Seconds of all schedules in a few rounds (`heats`), and of `known` and the fastest others in `rounds` further ones."""
+    heats = interleaved(stepper, schedules, HEAT_ROUNDS)
     fastest = sorted(heats, key=lambda slots: statistics.median(heats[slots]))[:FINALISTS]
     final = interleaved(stepper, list(dict.fromkeys(known + fastest)), rounds)
     named = [{name(slots): its for slots, its in seconds.items()} for seconds in (heats, final)]
@@ -152,7 +154,7 @@ def change(arms: Arms, rounds: int, evenly: bool, size: Size, folder: Path) -> d
     arms.barrier()
     steps += [_noted(stepper) for _ in range(AFTER)]
     known = [tuple(map(int, steps[number]["slots"].split("+"))) for number in (BEFORE - 1, -1)]
-    return {"before": BEFORE, "steps": steps} | raced(stepper, SCMOE, known, rounds)
+    return {"before": BEFORE, "steps": steps} | raced(stepper, every(SCMOE), known, rounds)
 
 
 def _noted(stepper: Stepper) -> dict:

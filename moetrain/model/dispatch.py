@@ -103,10 +103,10 @@ def combine_pairs(rows_PD: Tensor, routing: Routing, order_P: Tensor, num_tokens
 def sum_per_token(
     rows_PD: Tensor, place_P: Tensor, token_P: Tensor, pairs_per_token: int | None, num_tokens: int, weight_P: Tensor | None = None
 ) -> Tensor:
-    """[N, D]: sums of rows_PD[place_P], times `weight_P`, over the pairs of every token; zero for a token without any.
+    """[N, D]: sums of rows_PD[place_P], times `weight_P`, over the pairs of every token; zero for one without any.
 
-    On CPUs in one pass, by torch's embedding bag. Elsewhere a plain sum where all tokens have as many pairs: index_add on a GPU adds in any
-    order, and three addends show it.
+    Pairs stand token by token. On CPUs in one pass, by torch's embedding bag. Elsewhere a plain sum where all tokens have as many pairs:
+    index_add on a GPU adds in any order, and three addends show it.
     """
     if rows_PD.is_cpu and not torch.compiler.is_compiling():
         token_N = torch.arange(num_tokens)

@@ -28,7 +28,7 @@ def rotate(x_BHSd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Turns both halves where they stand, and keeps nothing but the angles; autograd would copy halves together on both ways."""
+    """Multiplies whole heads, then adds halves in place, and keeps the angles only; autograd would copy halves together on both ways."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
