@@ -33,7 +33,7 @@ CASES = (
     (SHARED, Size()),
 )
 SMALL_CASES = ((SCMOE, SMALL), (SHARED, SMALL))
-HEAT_ROUNDS, FINALISTS = 3, 10  # rounds of all schedules, and how many of the fastest go on, beside the chosen one
+HEAT_ROUNDS, FINALISTS = 2, 6  # rounds of all schedules, and how many of the fastest go on, beside the chosen one
 BEFORE, AFTER = 25, 40  # steps around the change of rate
 
 
