@@ -171,7 +171,6 @@ def laps(job: Job, arms: Arms, interface: str) -> dict[str, object]:
     """Everything about one group of runs."""
     runs = [run for run in GROUPS[job.part]() if run.model != DEEPSPEED or find_spec("deepspeed")]
     group = Laps(job, arms, runs)
-    gc.freeze()  # a collection before every lap looks at that lap's objects only
     checked = group.check()
     wire = group.bytes_on_wire(interface)
     busiest = {model: unit.busiest() for model, unit in group.units.items() if model in MODELS}
@@ -200,6 +199,7 @@ def main(job: Job, rank: int) -> None:
     folder, interface = Path(job.folder), os.environ.get("OVERLAP_INTERFACE", "")
     with World.from_file(folder / "meeting", rank, WORLD, 300.0) as world:
         arms = Arms(Mesh(world, WORLD))
+        gc.freeze()  # a collection before every lap looks at few objects
         found = PARTS[job.part](job, arms) if job.part in PARTS else laps(job, arms, interface)
         (folder / f"found-{rank}.json").write_text(json.dumps(found))
         world.barrier("the end")
