@@ -16,6 +16,7 @@ from moetrain.telemetry.lanes import GRADIENT
 from tools.bench_experts import now
 from tools.overlap_cases import REST, Size
 from tools.overlap_unit import AUXILIARY_WEIGHT, Lap, Unit, relative
+from tools.overlap_window import window
 
 RANKS = 2
 
@@ -60,16 +61,12 @@ class DeviceUnit(Unit):
         """By pass: seconds of the computations that exchanges may hide under, and of the experts; no exchange beside them."""
         axis.link.transport = recorder = Recorder(Null(), self.device, serial=False)
         self.time(timer=recorder)
-        computations, names = recorder.lanes().computations, self.window_names()
-
-        def seconds(wanted: list[str]) -> float:
-            return sum(one.end - one.start for one in computations if one.name in wanted)
-
-        experts = [f"{block.name}/experts" for block in self.routed]
-        return {
-            part: {"main": seconds([prefix + name for name in names]), "experts": seconds([prefix + name for name in experts])}
-            for part, prefix in (("forward", ""), ("backward", GRADIENT))
-        }
+        passes: dict[str, dict[str, float]] = {"forward": {}, "backward": {}}
+        for one in recorder.lanes().computations:
+            its = passes["backward" if one.name.startswith(GRADIENT) else "forward"]
+            name = one.name.removeprefix(GRADIENT)
+            its[name] = its.get(name, 0.0) + one.end - one.start
+        return {part: window(its, self.window_names()) for part, its in passes.items()}
 
     def error(self) -> float:
         """The largest relative error of the last lap's output and gradients, against float64 without any exchange."""

@@ -122,8 +122,8 @@ def opponents() -> list[Run]:
 
 def core() -> list[Run]:
     """Of the opponents those that a point of long laps cannot do without."""
-    left_out = {Run(TOP_2, OVERLAPPED, (1, 1)), Run(TOP_2, OVERLAPPED, (1, 1, 1, 1)), Run(SHARED, OVERLAPPED, (1,))}
-    left_out |= {Run(SHARED, OVERLAPPED, (1, 2)), Run(SCMOE, OVERLAPPED, (2,)), Run(SCMOE, OVERLAPPED, (2, 3))}
+    in_chunks = {Run(TOP_2, OVERLAPPED, (1, 1)), Run(TOP_2, OVERLAPPED, (1, 1, 1, 1))}
+    left_out = in_chunks | {Run(SHARED, OVERLAPPED, (1,)), Run(SCMOE, OVERLAPPED, (2,))}
     return [run for run in opponents() if run not in left_out]
 
 

@@ -63,6 +63,10 @@ def estimate(numerator: list[float], denominator: list[float]) -> Figure:
     return {"median": statistics.median(numerator) / statistics.median(denominator), "low": float(low), "high": float(high)}
 
 
+def over(figure: Figure, bound: float) -> Figure:
+    return {key: value / bound if bound else 0.0 for key, value in figure.items()}
+
+
 def differences(first: list[float], second: list[float]) -> list[float]:
     return [a - b for a, b in zip(first, second, strict=True)]
 
@@ -95,6 +99,17 @@ def window(found: list[dict], model: str, run: str, part: str) -> float:
     return max(its["main"] + its["experts"] * (chunks - 1) / chunks for its in (rank["window"][model][part] for rank in found))
 
 
+def in_one_slot(found: list[dict], model: str, run: str, part: str, comm: float) -> float:
+    """Seconds that a run in one chunk can hide: the way to the experts, half of `comm`, under the computations before its slot, the way
+    back under those behind it. Where the two sides differ, that is less than the whole window.
+    """
+    slot = int(run.rpartition(" ")[2])
+    windows = [rank["window"][model][part] for rank in found]
+    numbers = range(1, 1 + sum(key.startswith("main ") for key in windows[0]))
+    sides = [[number for number in numbers if (number < slot) is before] for before in (True, False)]
+    return sum(min(comm / 2, max(sum(its[f"main {number}"] for number in side) for its in windows)) for side in sides)
+
+
 def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dict[str, dict]:
     """By part: what this run hid, what it could, and how near the one comes to the other. `exchange`: the run that is exchange only."""
     serial, null = runs_of(found, model, SERIAL)[0], runs_of(found, model, NULL)[0]
@@ -110,8 +125,11 @@ def hiding(found: list[dict], model: str, overlapped: str, exchange: str) -> dic
         figures[part] = {
             "comm": comm, "alone": alone, "window": room, "tax": cost, "fits": comm <= room, "hidden": hidden, "bound": bound,
             "exposed": statistics.median(differences(times[overlapped], times[null])),
-            "efficiency": {key: value / bound if bound else 0.0 for key, value in hidden.items()},
+            "efficiency": over(hidden, bound),
         }  # fmt: skip
+        if "+" not in overlapped:
+            slot = max(0.0, in_one_slot(found, model, overlapped, part, comm) - cost) / comm if comm else 0.0
+            figures[part]["one_slot"] = {"bound": slot, "efficiency": over(hidden, slot)}
     return figures
 
 
@@ -208,6 +226,8 @@ def lines(found: list[dict], figures: dict) -> Iterator[str]:
         for part, one in parts.items():
             times = ", ".join(f"{key} {1e3 * one[key]:.1f} ms" for key in ("comm", "window", "tax", "exposed"))
             yield f"{run} {part}: {times}, hidden {interval(one['hidden'])} of at most {one['bound']:.2f}: {interval(one['efficiency'])}"
+            if "one_slot" in one:
+                yield f"    in one slot at most {one['one_slot']['bound']:.2f}: {interval(one['one_slot']['efficiency'])}"
 
 
 def is_quiet(same: Figure) -> bool:

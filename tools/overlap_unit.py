@@ -95,9 +95,10 @@ class Unit:
         for block in self.routed:
             block.schedule = Schedule(slots)
 
-    def window_names(self) -> list[str]:
-        """What the timer calls the computations that exchanges may hide under."""
-        return [f"{block.name}/{operator}" for block in self.routed for operator in block.operators]
+    def window_names(self) -> list[list[str]]:
+        """What the timer calls the computations that exchanges may hide under: by number, those of all blocks."""
+        numbers = zip(*(block.operators for block in self.routed), strict=True)
+        return [[f"{block.name}/{operator}" for block, operator in zip(self.routed, its, strict=True)] for its in numbers]
 
     def decide(self, evenly: bool, rank: int) -> None:
         """Routing from here on: every expert equally, or as the gates choose now. The latter runs a forward pass."""

@@ -1,7 +1,7 @@
 """A timer of the computations of a block, forward and backward, for tools/bench_overlap.py. Not for a GPU: it reads the host's clock."""
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -27,16 +27,18 @@ class Stopwatch:
     def _read(self, x: Tensor, name: str, sign: int) -> Tensor:
         return cast(Tensor, _Reading.apply(x, self, name, sign))
 
-    def window(self, names: Collection[str]) -> dict[str, dict[str, float]]:
-        """By pass: seconds of these computations, and of the experts."""
-        passes = {"forward": self.forward, "backward": self.backward}
-        return {
-            part: {
-                "main": sum(its[name] for name in names),
-                "experts": sum(seconds for name, seconds in its.items() if name.endswith("/experts")),
-            }
-            for part, its in passes.items()
-        }
+    def window(self, names: Sequence[Sequence[str]]) -> dict[str, dict[str, float]]:
+        """By pass, `window` of what ran."""
+        return {"forward": window(self.forward, names), "backward": window(self.backward, names)}
+
+
+def window(seconds: Mapping[str, float], names: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Seconds that exchanges may hide under: of the main stream's computations, together and by number (`names[i]`: what number i + 1 is
+    called in every block), and of the experts.
+    """
+    numbers = {f"main {number}": sum(seconds[name] for name in its) for number, its in enumerate(names, 1)}
+    experts = sum(its for name, its in seconds.items() if name.endswith("/experts"))
+    return {"main": sum(numbers.values()), "experts": experts} | numbers
 
 
 class _Reading(torch.autograd.Function):

@@ -26,7 +26,7 @@ from tools.overlap_cases import (
     model_of,
     num_operators,
 )  # fmt: skip
-from tools.overlap_figures import best, differences, estimate, hiding, ratio, series, share, window
+from tools.overlap_figures import best, differences, estimate, hiding, in_one_slot, ratio, series, share, window
 from tools.overlap_plot import bars
 
 ROUNDS = 5
@@ -59,8 +59,10 @@ def rank(slower: float = 1.0) -> dict:
         cpu = 0.05 if f" {OVERLAPPED} " in name else 0.0
         parts = {"forward": forward, "backward": backward, "forward_cpu": 1.0 + cpu, "backward_cpu": 2.0 + cpu}
         laps[name] = {part: [seconds * weight for weight in weights] for part, seconds in parts.items()}
-    window = {model: {"forward": {"main": 0.6, "experts": 0.5}, "backward": {"main": 1.2, "experts": 1.0}} for model in (SCMOE, SHARED)}
-    return {"laps": laps, "window": window}
+    numbers = {"main 1": 0.1, "main 2": 0.3, "main 3": 0.2}
+    forward = {"main": 0.6, "experts": 0.5} | numbers
+    backward = {"main": 1.2, "experts": 1.0} | {key: 2 * seconds for key, seconds in numbers.items()}
+    return {"laps": laps, "window": {model: {"forward": forward, "backward": backward} for model in (SCMOE, SHARED)}}
 
 
 @pytest.fixture
@@ -104,6 +106,22 @@ def test_a_burst_after_a_pause_makes_no_bound_easier(found: list[dict]) -> None:
     figures = hiding(found, SCMOE, Run(SCMOE, OVERLAPPED, (3,)).name, Run(SCMOE, EXCHANGE).name)["forward"]
     assert figures["alone"] == pytest.approx(1.5 * 1.2) and figures["comm"] == pytest.approx(1.2)
     assert figures["bound"] == pytest.approx((0.6 - 0.06) / 1.2)
+
+
+def test_a_single_slot_hides_each_way_on_its_own_side_only(found: list[dict]) -> None:
+    """Backward in slot 3: 0.8 s before it and 0.4 s behind it, for 0.6 s each way."""
+    exchange = Run(SCMOE, EXCHANGE).name
+    backward = hiding(found, SCMOE, Run(SCMOE, OVERLAPPED, (3,)).name, exchange)["backward"]
+    assert backward["one_slot"]["bound"] == pytest.approx((0.6 + 0.4 - 0.06) / 1.2) and backward["bound"] == pytest.approx(
+        (1.2 - 0.06) / 1.2
+    )
+    assert backward["one_slot"]["efficiency"]["median"] == pytest.approx(0.9 * 1.2 / 0.94)
+    assert in_one_slot(found, SCMOE, Run(SCMOE, OVERLAPPED, (1,)).name, "backward", 1.2) == pytest.approx(0.6)
+    assert in_one_slot(found, SCMOE, Run(SCMOE, OVERLAPPED, (2,)).name, "forward", 1.2) == pytest.approx(0.1 + 0.5)
+    assert in_one_slot(found, SCMOE, Run(SCMOE, OVERLAPPED, (4,)).name, "forward", 0.4) == pytest.approx(0.2)
+    for one in found:
+        one["laps"][Run(SCMOE, OVERLAPPED, (2, 3)).name] = one["laps"][Run(SCMOE, OVERLAPPED, (3,)).name]
+    assert all("one_slot" not in one for one in hiding(found, SCMOE, Run(SCMOE, OVERLAPPED, (2, 3)).name, exchange).values())
 
 
 def test_chunks_hide_under_each_others_experts_too(found: list[dict]) -> None:
