@@ -11,6 +11,7 @@ with the same number of chunks must be equal to the bit. tools/overlap_cases.py 
     core        fewer of them, for a point whose laps are long
     hiding      ScMoE alone, many rounds: what of its exchanges hides, forward and backward, beside what could
     share       which part of top-2's MoE time is exchange
+    window      how many times as long as their window ScMoE's exchanges are
     positions   the three positions of the shortcut
     schedules   every slot of ScMoE Pos-2, in 1, 2 and 4 chunks; what chunks gain where the exchanges outlast the window
     peers       DeepSpeed's MoE layer with our transport and its own (left out when it is not installed)
@@ -20,7 +21,8 @@ with the same number of chunks must be equal to the bit. tools/overlap_cases.py 
     steps       whole training steps by the engine, gradient reduction and update included
     change      a run under the planner whose link gets another rate (--to)
 
-A point is a link and a share of exchange in top-2's MoE time. The width of all FFNs is found first, so that this machine has that share.
+A point is a link and a share of exchange in top-2's MoE time, or how long exchanges are beside their window. The width of all FFNs is found
+first, so that this machine has it.
 Results are added to the JSON file under the name of group, point and routing. Plot: python -m tools.overlap_plot FILE.json IMAGE.png
 """
 
@@ -41,14 +43,15 @@ from pathlib import Path
 from tools import overlap_figures
 from tools.hosts import Host, two_hosts
 from tools.overlap_adaptive import adaptive_summary, change_summary
-from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Run, Size
+from tools.overlap_cases import DEEPSPEED, GROUPS, POINTS, POSITIONS, SERIAL, SMALL, STOCK, Point, Run, Size
 from tools.overlap_figures import interval
 from tools.overlap_rank import PARTS, Job
 from tools.overlap_step import step_lines, step_summary
 from tools.overlap_transport import summary
 
 LIMIT_SECONDS = 3600.0
-CALIBRATIONS, CALIBRATION_ROUNDS, SHARE_ERROR = 3, 11, 0.02
+CALIBRATIONS, CALIBRATION_ROUNDS = 3, {"share": 11, "window": 3}
+ERRORS = {"share": 0.02, "window": 0.1}  # that calibration leaves
 ROUNDS = {"hiding": 161}
 WAIT_SECONDS = 120.0  # for the machine to become quiet
 
@@ -104,19 +107,27 @@ def processor_ticks() -> list[int]:
     return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
-def calibrated(hosts: tuple[Host, Host], job: Job, share: float, folder: Path) -> Size:
-    """The job's size with the FFN as wide as makes exchanges this share of top-2's MoE time, on this machine and link."""
+def calibrated(hosts: tuple[Host, Host], job: Job, point: Point, folder: Path) -> Size:
+    """The job's size with the FFN as wide as the point needs on this machine and link."""
+    part, wanted = ("share", point.share) if point.share else ("window", point.over_window)
+    assert wanted is not None, "the point says nothing that a width could be found for"
     ffn, tried = job.size.ffn, list[tuple[int, float]]()
     for number in range(CALIBRATIONS):
-        place = folder / f"share-{number}"
+        place = folder / f"{part}-{number}"
         place.mkdir()
-        trial = replace(job, part="share", folder=str(place), rounds=CALIBRATION_ROUNDS, evenly=True, size=replace(job.size, ffn=ffn))
-        now = overlap_figures.share(run_job(hosts, trial, place))
-        if abs(now - share) < SHARE_ERROR:
+        trial = replace(job, part=part, folder=str(place), rounds=CALIBRATION_ROUNDS[part], evenly=True, size=replace(job.size, ffn=ffn))
+        found = run_job(hosts, trial, place)
+        now = overlap_figures.share(found) if part == "share" else overlap_figures.over_window(found)
+        if abs(now - wanted) < ERRORS[part]:
             break
-        tried.append((ffn, (1 / now - 1) / (1 / share - 1)))  # all but exchange, in units of what it shall be
+        tried.append((ffn, computation(part, now) / computation(part, wanted)))
         ffn = max(32, round(wider(tried) / 32) * 32)
     return replace(job.size, ffn=ffn)
+
+
+def computation(part: str, value: float) -> float:
+    """What grows with the width, in units of the exchanges: all of top-2's MoE time but them, or their window."""
+    return 1 / value - 1 if part == "share" else 1 / value
 
 
 def wider(tried: list[tuple[int, float]]) -> float:
@@ -131,6 +142,8 @@ def figures_of(part: str, found: list[dict]) -> dict:
         return overlap_figures.opponents(found)
     if part == "share":
         return {"share": {"median": overlap_figures.share(found)}, "ratios": {}}
+    if part == "window":
+        return {"comm_over_window": overlap_figures.over_window(found), "ratios": {}}
     if part == "hiding":
         return overlap_figures.alone(found)
     if part == "positions":
@@ -194,10 +207,10 @@ def versions() -> dict[str, str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*GROUPS, *PARTS])
-    parser.add_argument("--point", choices=POINTS, default="60", help="which part of top-2's MoE time is exchange (default: %(default)s)")
+    parser.add_argument("--point", choices=POINTS, default="60", help="a link, and what exchanges take there (default: %(default)s)")
     parser.add_argument("--routing", choices=("even", "real"), default="even", help="forced balance, or as the gates choose")
     parser.add_argument("--rounds", type=int, help="default 15; of hiding 161")
-    parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point's share")
+    parser.add_argument("--ffn", type=int, help="FFN width, instead of finding one for the point")
     parser.add_argument("--pairs", type=int, help="block pairs (default: of the point)")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a whole step (part steps)")
     parser.add_argument("--to", default="50mbit", help="the rate after the change (default: %(default)s)")
@@ -213,8 +226,8 @@ def main() -> int:
     busy = wait_until_quiet(options.busy)
     with tempfile.TemporaryDirectory(prefix="overlap-") as folder, two_hosts(Path(folder), point.rate) as hosts:
         job = Job(options.part, folder, rounds, options.routing == "even", size, options.small, options.accumulation)
-        if point.share and options.part in SIZED and not (options.small or options.ffn):
-            size = calibrated(hosts, job, point.share, Path(folder))
+        if (point.share or point.over_window) and options.part in SIZED and not (options.small or options.ffn):
+            size = calibrated(hosts, job, point, Path(folder))
             job = replace(job, size=size)
         found = run_job(hosts, job, Path(folder), options.to)
     figures = figures_of(options.part, found)
@@ -230,7 +243,8 @@ def main() -> int:
         results = json.loads(options.json.read_text()) if options.json.exists() else {}
         results[title] = {
             "command": ["python", "-m", "tools.bench_overlap", *sys.argv[1:]], "versions": versions(), "busy_cores": busy,
-            "rate": point.rate, "share": point.share, "rounds": rounds, "size": asdict(size), "figures": figures, "ranks": found,
+            "rate": point.rate, "share": point.share, "over_window": point.over_window, "rounds": rounds, "size": asdict(size),
+            "figures": figures, "ranks": found,
         }  # fmt: skip
         options.json.write_text(json.dumps(results) + "\n")
     return 0

@@ -44,13 +44,15 @@ SMALL = Size(hidden=16, ffn=24, experts=4, sequences=1, seq_len=16)
 
 @dataclass(frozen=True)
 class Point:
-    """A link and the size to begin with. `share`: what part of top-2's MoE time its exchanges shall take; the FFN is made as wide as this
-    machine needs for it. None: the size is as it is. rate "": the link is not limited.
+    """A link and the size to begin with. `share`: what part of top-2's MoE time its exchanges shall take; `over_window`: how many times as
+    long as their window ScMoE's shall take. The FFN is made as wide as this machine needs for the one that is given; without either the
+    size is as it is. rate "": the link is not limited.
     """
 
     rate: str
     share: float | None
     size: Size = Size()
+    over_window: float | None = None
 
 
 POINTS = {
@@ -58,7 +60,7 @@ POINTS = {
     "75": Point("100mbit", 0.75),
     "85": Point("50mbit", 0.85),
     "15": Point("200mbit", 0.15, Size(ffn=8960)),  # more arithmetic a byte; a faster link would make the CPU the link
-    "window": Point("30mbit", None, Size(ffn=1536, sequences=16)),  # the exchanges take about twice as long as their window
+    "window": Point("50mbit", None, Size(ffn=1792, sequences=16), over_window=2.0),
     "unlimited": Point("", None),
 }
 
@@ -132,6 +134,11 @@ def share() -> list[Run]:
     return [Run(TOP_2, SERIAL), Run(TOP_2, EXCHANGE), Run(TOP_2, REST)]
 
 
+def over_window() -> list[Run]:
+    """What says how long ScMoE's exchanges are beside their window."""
+    return [Run(SCMOE, SERIAL, (3,)), Run(SCMOE, NULL, (3,)), Run(SCMOE, EXCHANGE)]
+
+
 def hiding() -> list[Run]:
     """ScMoE alone, so that many rounds are short."""
     return [
@@ -168,5 +175,6 @@ def chunked(most: int = 4) -> list[Run]:
 
 
 GROUPS = {
-    "opponents": opponents, "core": core, "share": share, "hiding": hiding, "positions": positions, "peers": peers, "schedules": chunked,
+    "opponents": opponents, "core": core, "share": share, "window": over_window, "hiding": hiding, "positions": positions, "peers": peers,
+    "schedules": chunked,
 }  # fmt: skip
