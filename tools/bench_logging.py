@@ -25,6 +25,7 @@ import torch
 
 from moetrain.build import build
 from moetrain.config import check, compose, to_config
+from moetrain.data.prepare import ensure_prepared
 from moetrain.dist.stop import Stop
 from moetrain.dist.world import World
 from moetrain.parallel.engine import StepResult
@@ -78,6 +79,7 @@ def measure(overrides: list[str], steps: int, folder: Path) -> dict[str, float]:
     folder.mkdir()
     config = to_config(compose(["+experiment=gpt_moe_8e", *QUIET, *run_for, *overrides]))
     check(config, 1)
+    ensure_prepared(config.data, show_progress=True)
     with ExitStack() as stack:
         world = World.single(torch.device("cpu"))
         run = build(config, folder, world, stack.enter_context(Stop(world, folder / "STOP")))
