@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from moetrain.base.memory import keep_freed_memory
 from moetrain.dist.mesh import Mesh
 from moetrain.dist.transport import Null
 from moetrain.dist.world import World
@@ -194,6 +195,7 @@ PARTS: dict[str, Callable[[Job, Arms], dict[str, object]]] = {
 
 
 def main(job: Job, rank: int) -> None:
+    keep_freed_memory()  # as every rank does, see moetrain/launch.py
     torch.set_num_threads(1)
     os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
     folder, interface = Path(job.folder), os.environ.get("OVERLAP_INTERFACE", "")
