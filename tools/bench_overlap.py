@@ -34,8 +34,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +50,7 @@ from tools.overlap_step import step_lines, step_summary
 from tools.overlap_transport import summary
 
 LIMIT_SECONDS = 3600.0
-CALIBRATIONS, CALIBRATION_ROUNDS = 3, {"share": 11, "window": 3}
-ERRORS = {"share": 0.02, "window": 0.1}  # that calibration leaves
+CALIBRATIONS = 3
 ROUNDS = {"hiding": 161}
 WAIT_SECONDS = 120.0  # for the machine to become quiet
 
@@ -107,27 +106,40 @@ def processor_ticks() -> list[int]:
     return [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a width can be found for. `measured`: its value in what the ranks of the part found; `error`: what may be left;
+    `computation`: what grows with the width, in units of the exchanges, at a value.
+    """
+
+    rounds: int
+    error: float
+    measured: Callable[[list[dict]], float]
+    computation: Callable[[float], float]
+
+
+AIMS = {  # by the part that measures it
+    "share": Aim(11, 0.02, overlap_figures.share, lambda share: 1 / share - 1),
+    "window": Aim(3, 0.1, overlap_figures.over_window, lambda over_window: 1 / over_window),
+}
+
+
 def calibrated(hosts: tuple[Host, Host], job: Job, point: Point, folder: Path) -> Size:
     """The job's size with the FFN as wide as the point needs on this machine and link."""
     part, wanted = ("share", point.share) if point.share else ("window", point.over_window)
     assert wanted is not None, "the point says nothing that a width could be found for"
+    aim = AIMS[part]
     ffn, tried = job.size.ffn, list[tuple[int, float]]()
     for number in range(CALIBRATIONS):
         place = folder / f"{part}-{number}"
         place.mkdir()
-        trial = replace(job, part=part, folder=str(place), rounds=CALIBRATION_ROUNDS[part], evenly=True, size=replace(job.size, ffn=ffn))
-        found = run_job(hosts, trial, place)
-        now = overlap_figures.share(found) if part == "share" else overlap_figures.over_window(found)
-        if abs(now - wanted) < ERRORS[part]:
+        trial = replace(job, part=part, folder=str(place), rounds=aim.rounds, evenly=True, size=replace(job.size, ffn=ffn))
+        now = aim.measured(run_job(hosts, trial, place))
+        if abs(now - wanted) < aim.error:
             break
-        tried.append((ffn, computation(part, now) / computation(part, wanted)))
+        tried.append((ffn, aim.computation(now) / aim.computation(wanted)))
         ffn = max(32, round(wider(tried) / 32) * 32)
     return replace(job.size, ffn=ffn)
-
-
-def computation(part: str, value: float) -> float:
-    """What grows with the width, in units of the exchanges: all of top-2's MoE time but them, or their window."""
-    return 1 / value - 1 if part == "share" else 1 / value
 
 
 def wider(tried: list[tuple[int, float]]) -> float:

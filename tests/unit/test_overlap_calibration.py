@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tools import bench_overlap, overlap_figures
-from tools.bench_overlap import ERRORS, calibrated, figures_of
+from tools.bench_overlap import AIMS, calibrated, figures_of
 from tools.overlap_cases import EXCHANGE, NULL, POINTS, REST, SCMOE, SERIAL, TOP_2, Run
 from tools.overlap_rank import Job
 
@@ -51,9 +51,9 @@ def test_the_width_is_the_one_that_the_point_needs(
     job = Job("opponents", str(tmp_path), 5, evenly=False, size=its.size, small=False)
     hosts: Any = None
     found = machine(replace(job, size=calibrated(hosts, job, its, tmp_path)), second_per_width, 0.4)
-    part, wanted, measured = ("share", its.share, overlap_figures.share) if its.share else ("window", 2.0, overlap_figures.over_window)
-    got = measured(found)
+    part, wanted = ("share", its.share) if its.share else ("window", 2.0)
+    got = AIMS[part].measured(found)
     assert set(trials) == {part} and len(trials) <= 3
-    assert got == pytest.approx(wanted, abs=ERRORS[part])
+    assert got == pytest.approx(wanted, abs=AIMS[part].error)
     table = "\n".join(overlap_figures.lines(found, figures_of(part, found)))
     assert f"{got:.0%}" in table if part == "share" else f"{got:.2f} times the window" in table
